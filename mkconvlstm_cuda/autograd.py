@@ -1,0 +1,165 @@
+"""The two differentiable pieces: ``TransitionFunction`` (no recurrence, keeps only x) and ``SequenceFunction``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import aten, ops, reference
+from .convolution import (
+    TransitionWeights,
+    channels_last,
+    input_gradient,
+    mix_forward,
+    premix,
+    transition_forward,
+    weight_gradients,
+)
+
+
+class TransitionFunction(Function):
+    """:func:`convolution.transition_forward` over all images at once, keeping ``x`` as it came.
+
+    torch's own convolution would keep the channels-last (and, under autocast, rounded) copy of x until backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype, dilations, mix_tanh: bool, keep_premix: bool, *tensors):
+        w = TransitionWeights.from_tensors(tensors, dilations, mix_tanh)
+        v = premix(channels_last(x.to(dtype)), w)
+        ctx.save_for_backward(x, v if keep_premix and w.mix is not None else None, *tensors)
+        ctx.dtype, ctx.dilations, ctx.mix_tanh = dtype, dilations, mix_tanh
+        return mix_forward(v, w)
+
+    @staticmethod
+    def backward(ctx, dz: Tensor):
+        x, v, *tensors = ctx.saved_tensors
+        w = TransitionWeights.from_tensors(tensors, ctx.dilations, ctx.mix_tanh)
+        dz, images = channels_last(dz), channels_last(x.to(ctx.dtype))
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled():
+            v = None  # a double backward has to see how it depends on x
+        if v is None and w.mix_tanh and (needs_x or any(needs)):
+            v = premix(images, w)
+        grads = weight_gradients(images, dz, w, needs, v)
+        del images
+        dx = input_gradient(dz, w, v).to(x.dtype) if needs_x else None
+        return dx, None, None, None, None, *grads
+
+
+def transition(x: Tensor, w: TransitionWeights, dtype: torch.dtype, *, recompute: bool = False) -> Tensor:
+    """``x`` [N, C, H, W] -> [N, 4F, H, W] in ``dtype``, channels-last.
+
+    ``w`` is in ``dtype``. With ``recompute`` nothing but x is kept, else also what a 1x1 mix multiplies.
+    """
+    return TransitionFunction.apply(x, dtype, w.dilations, w.mix_tanh, not recompute, *w.tensors())
+
+
+@dataclass(frozen=True)
+class SequenceOptions:
+    """All of a call that is no tensor."""
+
+    backend: str
+    dilations: list[int]
+    mix_tanh: bool
+    output_peephole: str
+    recompute: bool
+    recompute_z: Callable[[], Tensor]  # z [B, T, 4F, H, W] once more, a fresh tensor each time
+
+
+def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """The state after each sequence's last step, [B, F, H, W], contiguous, from [B, T, F, H, W]."""
+    if lengths is None:
+        return states[:, -1].clone(memory_format=torch.contiguous_format)
+    rows = torch.arange(states.shape[0], device=states.device)
+    return states[rows, lengths - 1].contiguous()
+
+
+class SequenceFunction(Function):
+    """The recurrence, with the backward of the backend that ran forward.
+
+    Between forward and backward it keeps h and c of all steps, and either the gates or, with ``recompute`` (c then in
+    h's dtype), nothing more. Backward overwrites the gates by their gradients; a second backward over the same graph
+    recomputes them. A backward that is itself differentiated goes through ``reference``.
+    """
+
+    @staticmethod
+    def forward(ctx, options: SequenceOptions, z, h_0, c_0, peephole, lengths, *hidden):
+        args = (hidden, options.dilations, options.mix_tanh, h_0, c_0, peephole, options.output_peephole)
+        gates = z.detach()  # z is ours alone: overwritten without its graph's knowledge
+        h, c = ops.sequence_forward(gates, *args, True, options.backend)
+        gates, kept_c = (None, c.to(h.dtype)) if options.recompute else (gates, c)
+        ctx.save_for_backward(gates, h, kept_c, lengths, h_0, c_0, peephole, *hidden)
+        ctx.options, ctx.gates_are_spent = options, options.recompute
+        ctx.set_materialize_grads(False)
+        return h, last_states(h, lengths), last_states(c, lengths)
+
+    @staticmethod
+    def backward(ctx, dh, dh_n, dc_n):
+        if dh is None and dh_n is None and dc_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            return SequenceFunction.differentiable_backward(ctx, dh, dh_n, dc_n)
+        options = ctx.options
+        gates, h, c, lengths, h_0, c_0, peephole, *hidden = ctx.saved_tensors
+        w = TransitionWeights.from_tensors(hidden, options.dilations, options.mix_tanh)
+        if ctx.gates_are_spent:
+            gates = aten.recompute_gates(
+                options.recompute_z(), h, c, w, h_0, c_0, peephole, options.output_peephole
+            )
+        else:
+            ctx.gates_are_spent = True
+            gates = gates.data  # not detach(): a retained graph may unpack the spent gates, which nobody reads
+        dh = add_last_gradient(dh, dh_n, h, lengths)
+        args = (hidden, options.dilations, options.mix_tanh, h_0, c_0, peephole, options.output_peephole)
+        dh_0, dc_0 = ops.sequence_backward(gates, h, c, *args, dh, dc_n, lengths, options.backend)
+        dz = gates
+        _, needs_z, needs_h_0, needs_c_0, needs_peephole, _, *needs_hidden = ctx.needs_input_grad
+        grads = [None] * len(hidden)
+        if any(needs_hidden):
+            grads = weight_gradients(aten.previous(h, h_0).flatten(0, 1), dz.flatten(0, 1), w, needs_hidden)
+        return (
+            None,
+            dz if needs_z else None,
+            dh_0 if needs_h_0 else None,
+            dc_0 if needs_c_0 else None,
+            aten.peephole_gradient(dz, c, c_0, peephole, options.output_peephole) if needs_peephole else None,
+            None,
+            *grads,
+        )
+
+    @staticmethod
+    def differentiable_backward(ctx, dh, dh_n, dc_n):
+        """Backward as a differentiable function of all inputs: torch's gradient of the reference (double backward)."""
+        options = ctx.options
+        _, _, _, lengths, h_0, c_0, peephole, *hidden = ctx.saved_tensors
+        w = TransitionWeights.from_tensors(hidden, options.dilations, options.mix_tanh)
+        z = options.recompute_z()
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        h, c = reference.sequence(
+            z, lambda state: transition_forward(state, w), h_0, c_0, peephole, options.output_peephole
+        )
+        outputs = ((h, dh), (last_states(h, lengths), dh_n), (last_states(c, lengths), dc_n))
+        outputs = [(y, dy) for y, dy in outputs if dy is not None]
+        inputs = (None, z, h_0, c_0, peephole, None, *hidden)
+        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
+        ys, dys = zip(*outputs, strict=True)
+        grads = torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True)
+        remaining = iter(grads)
+        return tuple(next(remaining) if needed else None for needed in ctx.needs_input_grad)
+
+
+def add_last_gradient(dh: Tensor | None, dh_n: Tensor | None, h: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """``dh`` [B, T, F, H, W] with the gradient of the last hidden state [B, F, H, W] added where that state is."""
+    if dh_n is None:
+        return dh
+    dh = torch.zeros_like(h) if dh is None else dh.clone()
+    if lengths is None:
+        dh[:, -1] += dh_n
+    else:
+        dh[torch.arange(h.shape[0], device=h.device), lengths - 1] += dh_n
+    return dh

@@ -1,0 +1,199 @@
+"""One layer in one direction: its parameters, and a sequence through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .attention import FlowAttention, FlowMasks
+from .autograd import transition
+from .convolution import channels_last
+from .dispatch import check_name
+from .functional import Recomputation, State
+from .transition import Kernels, Transition, parse_branches
+
+
+class MKConvLSTMCell(nn.Module):
+    """One step of a multi-kernel convolutional LSTM, as ``nn.LSTMCell`` is one of an LSTM (the paper's eqs. 6-10).
+
+    Args: those of :class:`~mkconvlstm_cuda.MKConvLSTM` that concern a single layer and direction.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernels: Kernels,
+        hidden_kernels: Kernels | None = None,
+        *,
+        mix: str | None = None,
+        mix_activation: str | None = None,
+        norm: str | None = None,
+        peephole: str | None = None,
+        output_peephole: str = "previous",
+        image_size: tuple[int, int] | None = None,
+        attention: FlowAttention | None = None,
+        bias: bool = True,
+        forget_bias: float = 1.0,
+        backend: str = "auto",
+        device=None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f"in_channels: got {in_channels!r}, wanted an int of at least 1")
+        if peephole not in (None, "channel", "pixel"):
+            raise ValueError(f"peephole: got {peephole!r}, wanted None, 'channel' or 'pixel'")
+        if output_peephole not in functional.OUTPUT_PEEPHOLES:
+            raise ValueError(f"output_peephole: got {output_peephole!r}, wanted 'previous' or 'current'")
+        if peephole == "pixel" and image_size is None:
+            raise ValueError("image_size: got None, wanted (H, W), which peephole='pixel' needs")
+        if attention is not None and not isinstance(attention, FlowAttention):
+            raise TypeError(f"attention: got {type(attention).__name__}, wanted a FlowAttention or None")
+        factory = dict(device=device, dtype=dtype)
+        branches = parse_branches("kernels", kernels)
+        hidden_branches = branches if hidden_kernels is None else parse_branches("hidden_kernels", hidden_kernels)
+        self.in_channels, self.hidden_channels = in_channels, sum(b.channels for b in branches)
+        if (got := sum(b.channels for b in hidden_branches)) != self.hidden_channels:
+            raise ValueError(f"hidden_kernels: got {got} channels in all, wanted those of kernels, {self.hidden_channels}")
+        self.output_peephole, self.forget_bias = output_peephole, forget_bias
+        self.backend = check_name(backend)
+        self.last_backend: str | None = None
+        self.input_transition = Transition(in_channels, branches, mix, mix_activation, norm, **factory)
+        self.hidden_transition = Transition(self.hidden_channels, hidden_branches, mix, mix_activation, norm, **factory)
+        self.attention = None
+        if attention is not None:
+            self.attention = FlowMasks(attention, self.input_transition.kernel_sizes, in_channels, **factory)
+        self.bias = nn.Parameter(torch.empty(4 * self.hidden_channels, **factory)) if bias else None
+        size = image_size if peephole == "pixel" else (1, 1)
+        self.peephole = nn.Parameter(torch.empty(3, self.hidden_channels, *size, **factory)) if peephole else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Convolutions as ``nn.Conv2d`` starts them; bias and peepholes 0, the forget gate's bias ``forget_bias``."""
+        for m in self.modules():
+            if m is not self and hasattr(m, "reset_parameters"):
+                m.reset_parameters()
+        with torch.no_grad():
+            if self.bias is not None:
+                self.bias.zero_()
+                self.bias[self.hidden_channels : 2 * self.hidden_channels] = self.forget_bias
+            if self.peephole is not None:
+                self.peephole.zero_()
+
+    def forward(self, x_t: Tensor, state: State | None = None, flow: Tensor | None = None) -> State:
+        """One step.
+
+        Args:
+            x_t: [B, C, H, W].
+            state: (h, c), each [B, F, H, W]; None for zeros.
+            flow: [B, flow_channels, H, W], where the cell has flow attention.
+
+        Returns:
+            (h_t, c_t), each [B, F, H, W].
+
+        Raises:
+            ValueError, TypeError: as :meth:`MKConvLSTM.forward`.
+        """
+        functional.check_tensor("x_t", x_t, ("B", "C", "H", "W"))
+        x = x_t.unsqueeze(1)
+        flow = flow.unsqueeze(1) if isinstance(flow, Tensor) and flow.dim() == 4 else flow
+        self.check_input(x, flow)
+        shape = (x.shape[0], self.hidden_channels, *x.shape[3:])
+        h_0, c_0 = functional.check_state(state, shape, self.compute_dtype(x), x)
+        _, h, c = self.sequence(x, h_0, c_0, flow)
+        return h, c
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """dtype of convolutions and hidden states for input ``x``: autocast's where it is on, else the weights'."""
+        return functional.compute_dtype(x, self.input_transition.branches[0].conv.weight)
+
+    def check_input(self, x: Tensor, flow: Tensor | None) -> None:
+        """``x`` [B, T, C, H, W] and ``flow`` [B, T, flow_channels, H, W] fit this cell.
+
+        Raises:
+            ValueError: a shape or device is wrong, or flow is missing or not asked for.
+            TypeError: a dtype is wrong, or an argument is no tensor.
+        """
+        functional.check_tensor("x", x, ("B", "T", "C", "H", "W"), {"C": self.in_channels})
+        functional.check_same_kind("the weights", self.input_transition.branches[0].conv.weight, "x", x)
+        if self.peephole is not None:
+            functional.check_peephole(self.peephole, self.output_peephole, self.hidden_channels, x)
+        if self.attention is None:
+            if flow is not None:
+                raise ValueError("flow: got a tensor, wanted None: this layer has no flow attention")
+            return
+        if flow is None:
+            raise ValueError("flow: got None, wanted a tensor, which flow attention needs")
+        batch, steps, _, height, width = x.shape
+        wanted = {"B": batch, "T": steps, "flow_channels": self.attention.flow_channels, "H": height, "W": width}
+        functional.check_tensor("flow", flow, tuple(wanted), wanted)
+        if flow.device != x.device:
+            raise ValueError(f"flow: got device {flow.device}, wanted the input's {x.device}")
+
+    def sequence(
+        self,
+        x: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        flow: Tensor | None = None,
+        lengths: Tensor | None = None,
+        recompute: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Checked ``x`` [B, T, C, H, W] through all steps: h [B, T, F, H, W], and the last h and c [B, F, H, W]."""
+        dtype = self.compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):  # from here every dtype is chosen, not guessed
+            masks = None if self.attention is None else self.masks(flow, dtype)
+            weights = self.input_weights(dtype) if masks is None else None
+
+            def preactivations(update_statistics: bool = False) -> Tensor:
+                images, unfold = fold_time(x)
+                if weights is not None:
+                    return unfold(transition(images, weights, dtype, recompute=recompute))
+                z = self.input_transition(channels_last(images.to(dtype)), masks, update_statistics)
+                return unfold(z if self.bias is None else z + self.bias.to(dtype)[:, None, None])
+
+            z = preactivations(update_statistics=True)
+            live = self.hidden_transition.live_parts
+            hidden = self.hidden_transition if live else self.hidden_transition.weights().to(dtype)
+            h, h_n, c_n, self.last_backend = functional.sequence(
+                z,
+                hidden,
+                h_0,
+                c_0,
+                recompute_z=Recomputation(preactivations, x, *self.input_transition.parameters(), self.bias),
+                peephole=self.peephole,
+                output_peephole=self.output_peephole,
+                lengths=lengths,
+                recompute=recompute,
+                backend=self.backend,
+                live_parts=live,
+            )
+        return h, h_n, c_n
+
+    def input_weights(self, dtype: torch.dtype):
+        """The input transition and the bias as plain tensors, or None where the transition has live parts."""
+        if self.input_transition.live_parts:
+            return None
+        return self.input_transition.weights().with_bias(self.bias).to(dtype)
+
+    def masks(self, flow: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
+        """Flow masks of all steps, in ``dtype``: for each branch [B*T, C or 1, H, W] or None."""
+        images, _ = fold_time(flow)
+        parameter = next(self.attention.parameters(), None)
+        images = images if parameter is None else images.to(parameter.dtype)
+        return [None if m is None else m.to(dtype) for m in self.attention(images)]
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, hidden_channels={self.hidden_channels}, backend={self.backend!r}"
+
+
+def fold_time(x: Tensor):
+    """``x`` [B, T, ...] as images [B*T, ...] in the order in which they lie in memory, and the way back.
+
+    A time-major tensor seen through a transposition is folded without a copy.
+    """
+    if x.transpose(0, 1).is_contiguous() and not x.is_contiguous():
+        steps_first = x.transpose(0, 1)
+        return steps_first.flatten(0, 1), lambda y: y.unflatten(0, steps_first.shape[:2]).transpose(0, 1)
+    return x.flatten(0, 1), lambda y: y.unflatten(0, x.shape[:2])

@@ -1,0 +1,209 @@
+"""A transition's weights, its plain computation, and the gradients of it (DESIGN: ``X`` and ``U``).
+
+A transition maps ``[N, C, H, W]`` to gate pre-activations ``[N, 4F, H, W]``, gate-major (all i, all f, all g, all o)::
+
+    branch r:  x -> [1x1 bottleneck] -> K_r x K_r convolution, "same", 4*F_r outputs
+    transition: interleave the branches gate by gate (the paper's Fig. 4b) -> [tanh] -> [1x1 mix (Fig. 4c)]
+
+Everything here works on whole batches of images; callers fold time into ``N`` where no recurrence forbids it.
+Images are kept channels-last in memory: convolutions are fastest so on CPUs (oneDNN) and on GPUs (cuDNN, half types).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+
+@dataclass(frozen=True)
+class BranchWeights:
+    """One branch of a transition, as plain tensors."""
+
+    weight: Tensor  # [4*F_r, C', kh, kw]; C' = C, or the bottleneck's outputs
+    bias: Tensor | None = None  # [4*F_r]
+    bottleneck: Tensor | None = None  # [C', C, 1, 1]
+    bottleneck_bias: Tensor | None = None  # [C']
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def padding(self) -> list[int]:
+        """Zeros on each side that keep H and W ("same")."""
+        kernel = self.weight.shape[2:]
+        return [d * (k - 1) // 2 for d, k in zip(self.dilation, kernel, strict=True)]
+
+
+@dataclass(frozen=True)
+class TransitionWeights:
+    """All that a transition without masks, pooling and live norms is made of."""
+
+    branches: tuple[BranchWeights, ...]
+    mix: Tensor | None = None  # [4F, F, 1, 1]: one F x F matrix a gate; or [4F, 4F, 1, 1]: one for all
+    mix_bias: Tensor | None = None  # [4F]
+    mix_tanh: bool = False
+
+    TENSORS_PER_BRANCH = 4
+
+    @property
+    def sizes(self) -> list[int]:
+        """Hidden channels F_r of each branch."""
+        return [b.weight.shape[0] // 4 for b in self.branches]
+
+    @property
+    def mix_groups(self) -> int:
+        return self.mix.shape[0] // self.mix.shape[1]
+
+    @property
+    def dilations(self) -> list[int]:
+        return [d for b in self.branches for d in b.dilation]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the transition of zeros is anything but zeros."""
+        return self.mix_bias is not None or any(b.bias is not None or b.bottleneck_bias is not None for b in self.branches)
+
+    def tensors(self) -> list[Tensor | None]:
+        """Flat list: weight, bias, bottleneck, bottleneck bias of each branch, then mix, mix bias."""
+        flat: list[Tensor | None] = []
+        for b in self.branches:
+            flat += [b.weight, b.bias, b.bottleneck, b.bottleneck_bias]
+        return [*flat, self.mix, self.mix_bias]
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor | None], dilations: Sequence[int], mix_tanh: bool):
+        """Inverse of :meth:`tensors` and :attr:`dilations`."""
+        n = cls.TENSORS_PER_BRANCH
+        branches = tuple(
+            BranchWeights(*tensors[n * r : n * r + n], dilation=tuple(dilations[2 * r : 2 * r + 2]))
+            for r in range(len(dilations) // 2)
+        )
+        return cls(branches, *tensors[-2:], mix_tanh=mix_tanh)
+
+    def to(self, dtype: torch.dtype) -> TransitionWeights:
+        cast = [None if t is None else t.to(dtype) for t in self.tensors()]
+        return self.from_tensors(cast, self.dilations, self.mix_tanh)
+
+    def with_bias(self, bias: Tensor | None) -> TransitionWeights:
+        """Add ``bias`` [4F] to the transition's output, at the last convolution, where it costs nothing."""
+        if bias is None:
+            return self
+        if self.mix is not None:
+            return replace(self, mix_bias=bias if self.mix_bias is None else self.mix_bias + bias)
+        parts = deinterleave(bias[None, :, None, None], self.sizes)
+        branches = tuple(
+            replace(b, bias=part.flatten() if b.bias is None else b.bias + part.flatten())
+            for b, part in zip(self.branches, parts, strict=True)
+        )
+        return replace(self, branches=branches)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` [N, C, H, W] with channels innermost in memory."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def interleave(outputs: Sequence[Tensor]) -> Tensor:
+    """Join branch outputs [N, 4*F_r, H, W] gate by gate into [N, 4F, H, W] (the paper's Fig. 4b)."""
+    if len(outputs) == 1:
+        return outputs[0]
+    n, _, height, width = outputs[0].shape
+    split = [o.permute(0, 2, 3, 1).unflatten(-1, (4, -1)) for o in outputs]  # [N, H, W, 4, F_r]
+    return torch.cat(split, dim=-1).view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def deinterleave(z: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Inverse of :func:`interleave`: [N, 4F, H, W] -> [N, 4*F_r, H, W] for each of ``sizes``."""
+    if len(sizes) == 1:
+        return [z]
+    parts = z.permute(0, 2, 3, 1).unflatten(-1, (4, -1)).split(list(sizes), dim=-1)
+    return [p.flatten(-2).permute(0, 3, 1, 2) for p in parts]
+
+
+def branch_forward(x: Tensor, b: BranchWeights) -> Tensor:
+    """``[N, C, H, W] -> [N, 4*F_r, H, W]``."""
+    if b.bottleneck is not None:
+        x = F.conv2d(x, b.bottleneck, b.bottleneck_bias)
+    return F.conv2d(x, b.weight, b.bias, padding=b.padding, dilation=b.dilation)
+
+
+def premix(x: Tensor, w: TransitionWeights) -> Tensor:
+    """The interleaved branches [N, 4F, H, W], after the tanh if there is one: what the mix multiplies."""
+    u = interleave([branch_forward(x, b) for b in w.branches])
+    return u.tanh() if w.mix_tanh else u
+
+
+def transition_forward(x: Tensor, w: TransitionWeights) -> Tensor:
+    """``[N, C, H, W] -> [N, 4F, H, W]``, differentiable to any order by torch's own autograd."""
+    return mix_forward(premix(x, w), w)
+
+
+def mix_forward(v: Tensor, w: TransitionWeights) -> Tensor:
+    """:func:`premix`'s value through the 1x1 mix, if there is one."""
+    return v if w.mix is None else F.conv2d(v, w.mix, w.mix_bias, groups=w.mix_groups)
+
+
+def mix_input_gradient(du: Tensor, w: TransitionWeights, v: Tensor | None) -> Tensor:
+    """Gradient [N, 4F, H, W] before the mix; ``v`` is :func:`premix`'s value, needed only where there is a tanh."""
+    if w.mix is not None:
+        du = conv2d_input(du.shape, w.mix, du, groups=w.mix_groups)
+    return du * (1 - v * v) if w.mix_tanh else du
+
+
+def branch_gradient(dy: Tensor, b: BranchWeights) -> Tensor:
+    """``dy`` [N, 4*F_r, H, W] -> [N, C', H, W]: the gradient of the K_r x K_r convolution's input."""
+    n, _, height, width = dy.shape
+    size = (n, b.weight.shape[1], height, width)
+    return conv2d_input(size, b.weight, channels_last(dy), padding=b.padding, dilation=b.dilation)
+
+
+def input_gradient(du: Tensor, w: TransitionWeights, v: Tensor | None = None) -> Tensor:
+    """``du`` [N, 4F, H, W] -> ``dx`` [N, C, H, W]; ``v`` as in :func:`mix_input_gradient`."""
+    dx = None
+    for dy, b in zip(deinterleave(mix_input_gradient(du, w, v), w.sizes), w.branches, strict=True):
+        part = branch_gradient(dy, b)
+        if b.bottleneck is not None:
+            part = conv2d_input((part.shape[0], b.bottleneck.shape[1], *part.shape[2:]), b.bottleneck, part)
+        dx = part if dx is None else dx + part
+    return dx
+
+
+def weight_gradients(
+    x: Tensor, du: Tensor, w: TransitionWeights, needs: Sequence[bool], v: Tensor | None = None
+) -> list[Tensor | None]:
+    """Gradients of :meth:`TransitionWeights.tensors`, None where ``needs`` is False.
+
+    ``x`` [N, C, H, W] is the transition's input, ``du`` [N, 4F, H, W] its output's gradient, over all N at once;
+    ``v`` is :func:`premix` of x, computed here when it is needed and not given.
+    """
+    grads: list[Tensor | None] = [None] * len(needs)
+    if not any(needs):
+        return grads
+    if w.mix is not None:
+        if v is None and (needs[-2] or w.mix_tanh):
+            v = premix(x, w)
+        if needs[-2]:
+            grads[-2] = conv2d_weight(v, w.mix.shape, du, groups=w.mix_groups)
+        if needs[-1]:
+            grads[-1] = du.sum((0, 2, 3))
+    if not any(needs[:-2]):
+        return grads
+    for r, (dy, b) in enumerate(zip(deinterleave(mix_input_gradient(du, w, v), w.sizes), w.branches, strict=True)):
+        first = r * w.TENSORS_PER_BRANCH
+        weight, bias, bottleneck, bottleneck_bias = needs[first : first + w.TENSORS_PER_BRANCH]
+        dy = channels_last(dy)
+        if weight:
+            a = x if b.bottleneck is None else F.conv2d(x, b.bottleneck, b.bottleneck_bias)
+            grads[first] = conv2d_weight(a, b.weight.shape, dy, padding=b.padding, dilation=b.dilation)
+        if bias:
+            grads[first + 1] = dy.sum((0, 2, 3))
+        if bottleneck or bottleneck_bias:
+            da = branch_gradient(dy, b)
+            if bottleneck:
+                grads[first + 2] = conv2d_weight(x, b.bottleneck.shape, da)
+            if bottleneck_bias:
+                grads[first + 3] = da.sum((0, 2, 3))
+    return grads

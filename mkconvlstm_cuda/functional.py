@@ -1,0 +1,267 @@
+"""The functional interface: checks at the door, then a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch, ops, reference
+from .autograd import SequenceFunction, SequenceOptions, last_states, transition
+from .convolution import BranchWeights, TransitionWeights, transition_forward
+from .reference import accumulate_dtype
+
+OUTPUT_PEEPHOLES = ("previous", "current")
+State = tuple[Tensor, Tensor]
+
+
+def mkconvlstm(
+    x: Tensor,
+    input_weights: Sequence[Tensor],
+    hidden_weights: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    peephole: Tensor | None = None,
+    output_peephole: str = "previous",
+    state: State | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, State]:
+    """Multi-kernel convolutional LSTM over a sequence (Agethen & Hsu, eqs. 6-10, section III-C).
+
+    ``z_t = sum over branches of conv(x_t) and conv(h_{t-1}) + bias``, interleaved gate by gate (Fig. 4b), then
+    ``c_t = f * c_{t-1} + i * g`` and ``h_t = o * tanh(c_t)``.
+
+    Args:
+        x: input [B, T, C, H, W]; float64, float32, float16 or bfloat16; any strides.
+        input_weights: one [4*F_r, C, K_r, K_r] a branch, odd kernel sizes, rows gate-major (i, f, g, o).
+        hidden_weights: one [4*F_r, F, K_r, K_r] a branch, F the sum of all F_r; its branches and kernel sizes may
+            differ from the input's.
+        bias: [4F], gate-major, or None.
+        peephole: [3, F, 1, 1] or [3, F, H, W], the rows w_ci, w_cf, w_co, or None.
+        output_peephole: "previous": o sees c_{t-1} (eq. 8); "current": o sees c_t (Shi et al. 2015).
+        state: (h_0, c_0), each [B, F, H, W]; None for zeros. c may be float32 where x has a half type.
+        backend: "auto" or a name in ``mkconvlstm_cuda.backends()``.
+
+    Returns:
+        h [B, T, F, H, W] in x's dtype (autocast's, under autocast), contiguous, and (h_T, c_T), each [B, F, H, W];
+        c_T is float32 where h has a half type.
+
+    Raises:
+        ValueError: a shape, a kernel size or a name is wrong, or the named backend cannot serve the call.
+        TypeError: an argument is no tensor, or dtypes differ.
+    """
+    check_tensor("x", x, ("B", "T", "C", "H", "W"))
+    check_weights("input_weights", input_weights, x.shape[2])
+    hidden_channels = sum(w.shape[0] for w in input_weights) // 4
+    check_weights("hidden_weights", hidden_weights, hidden_channels)
+    if (got := sum(w.shape[0] for w in hidden_weights) // 4) != hidden_channels:
+        raise ValueError(f"hidden_weights: got {got} hidden channels in all, wanted the input's {hidden_channels}")
+    if bias is not None:
+        check_tensor("bias", bias, ("4F",), {"4F": 4 * hidden_channels})
+    for name, t in (("input_weights", input_weights[0]), ("hidden_weights", hidden_weights[0]), ("bias", bias)):
+        check_same_kind(name, t, "x", x)
+    dtype = compute_dtype(x, input_weights[0])
+    w_x = TransitionWeights(tuple(BranchWeights(w) for w in input_weights)).with_bias(bias).to(dtype)
+    w_h = TransitionWeights(tuple(BranchWeights(w) for w in hidden_weights)).to(dtype)
+    check_peephole(peephole, output_peephole, hidden_channels, x)
+    h_0, c_0 = check_state(state, (x.shape[0], hidden_channels, *x.shape[3:]), dtype, x)
+
+    def preactivations() -> Tensor:
+        return transition(x.flatten(0, 1), w_x, dtype).unflatten(0, x.shape[:2])
+
+    h, h_n, c_n, _ = sequence(
+        preactivations(),
+        w_h,
+        h_0,
+        c_0,
+        peephole=peephole,
+        output_peephole=output_peephole,
+        recompute_z=Recomputation(preactivations, x, *w_x.tensors()),
+        backend=backend,
+    )
+    return h, (h_n, c_n)
+
+
+class Recomputation:
+    """A computation to be repeated in backward; refuses to when a tensor that it reads has changed since."""
+
+    def __init__(self, compute: Callable[[], Tensor], *reads: Tensor | None):
+        self.compute = compute
+        self.reads = [(t, t._version) for t in reads if t is not None and not t.is_inference()]
+
+    def __call__(self) -> Tensor:
+        if any(t._version != version for t, version in self.reads):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "the input or a weight of the input-to-hidden transition changed between forward and backward"
+            )
+        return self.compute()
+
+
+def sequence(
+    z: Tensor,
+    hidden: TransitionWeights | Callable[[Tensor], Tensor],
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    *,
+    recompute_z: Callable[[], Tensor],
+    peephole: Tensor | None = None,
+    output_peephole: str = "previous",
+    lengths: Tensor | None = None,
+    recompute: bool = False,
+    backend: str = "auto",
+    live_parts: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """The recurrence on checked arguments, by the backend that ``backend`` chooses.
+
+    Args:
+        z: [B, T, 4F, H, W], fresh (it may be overwritten): the input's pre-activations, bias included.
+        hidden: the hidden transition's weights in z's dtype; or, where ``live_parts`` says what they cannot express,
+            a function [B, F, H, W] -> [B, 4F, H, W].
+        h_0, c_0: [B, F, H, W] in z's and in the accumulate dtype; None for zeros.
+        recompute_z: computes z again, into a fresh tensor.
+        lengths: [B] int64 on z's device, each in 1..T, or None.
+        recompute: keep h and c alone for backward.
+
+    Returns:
+        h [B, T, F, H, W], the last h and c [B, F, H, W] of each sequence, and the name of the backend that ran.
+    """
+    if peephole is not None:
+        peephole = peephole.to(accumulate_dtype(z.dtype))
+    chosen = dispatch.choose(problem(z, hidden, peephole, lengths, live_parts), backend)
+    if chosen.forward is None:
+        apply = hidden if live_parts else lambda h: transition_forward(h, hidden)
+        h, c = reference.sequence(z, apply, h_0, c_0, peephole, output_peephole)
+        return h, last_states(h, lengths), last_states(c, lengths), chosen.name
+    tensors = hidden.tensors()
+    differentiable = (z, h_0, c_0, peephole, *tensors)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        options = SequenceOptions(
+            chosen.name, hidden.dilations, hidden.mix_tanh, output_peephole, recompute, recompute_z
+        )
+        h, h_n, c_n = SequenceFunction.apply(options, z, h_0, c_0, peephole, lengths, *tensors)
+    else:
+        args = (tensors, hidden.dilations, hidden.mix_tanh, h_0, c_0, peephole, output_peephole)
+        h, c = ops.sequence_forward(z, *args, lengths is not None, chosen.name)
+        h_n, c_n = last_states(h, lengths), last_states(c, lengths)
+    return h, h_n, c_n, chosen.name
+
+
+def problem(z: Tensor, hidden, peephole: Tensor | None, lengths: Tensor | None, live_parts: str | None):
+    """The :class:`dispatch.Problem` of a call of :func:`sequence`."""
+    batch, steps, _, height, width = z.shape
+    known = {}
+    if not live_parts:
+        known = dict(
+            hidden_sizes=tuple(hidden.sizes),
+            kernel_sizes=tuple(tuple(b.weight.shape[2:]) for b in hidden.branches),
+            dilations=tuple(b.dilation for b in hidden.branches),
+            bottlenecks=any(b.bottleneck is not None for b in hidden.branches),
+            mix=None if hidden.mix is None else "full" if hidden.mix_groups == 1 else "gate",
+            mix_tanh=hidden.mix_tanh,
+        )
+    kind = None if peephole is None else "channel" if peephole.shape[2:] == (1, 1) else "pixel"
+    return dispatch.Problem(
+        z.device,
+        z.dtype,
+        batch,
+        steps,
+        height,
+        width,
+        live_parts=live_parts,
+        peephole=kind,
+        lengths=lengths is not None,
+        **known,
+    )
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """dtype that convolutions run in: autocast's where it is on, else the weights'."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+def check_tensor(name: str, t, dims: tuple[str, ...], wanted: dict[str, int] | None = None) -> None:
+    """``t`` is a floating-point tensor of dimensions ``dims``; those in ``wanted`` have that size.
+
+    Raises:
+        TypeError: it is no tensor, or not floating-point.
+        ValueError: its shape is another.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor [{', '.join(dims)}]")
+    sizes = [f"{d}={wanted[d]}" if wanted and d in wanted and d != str(wanted[d]) else d for d in dims]
+    described = f"{name}: got shape {list(t.shape)}, wanted [{', '.join(sizes)}]"
+    if t.dim() != len(dims):
+        raise ValueError(f"{described} ({len(dims)} dimensions)")
+    for size, dim in zip(t.shape, dims, strict=True):
+        if wanted and dim in wanted and size != wanted[dim]:
+            raise ValueError(described)
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: got dtype {t.dtype}, wanted a floating-point one")
+    for dim in ("T", "C", "H", "W"):
+        if dim in dims and t.shape[dims.index(dim)] == 0:
+            raise ValueError(f"{described} with {dim} at least 1")
+
+
+def check_same_kind(name: str, t: Tensor | None, other_name: str, other: Tensor) -> None:
+    """``t`` lies on the device of ``other`` and, outside of autocast, has its dtype."""
+    if t is None:
+        return
+    if t.device != other.device:
+        raise ValueError(f"{other_name}: got device {other.device}, wanted that of {name}, {t.device}")
+    if t.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        raise TypeError(f"{other_name}: got dtype {other.dtype}, wanted that of {name}, {t.dtype}")
+
+
+def check_weights(name: str, weights: Sequence[Tensor], channels: int) -> None:
+    """A non-empty list of [4*F_r, ``channels``, K_r, K_r] with odd kernel sizes."""
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or not weights:
+        raise TypeError(f"{name}: got {type(weights).__name__}, wanted a non-empty list of tensors, one a branch")
+    for r, w in enumerate(weights):
+        check_tensor(f"{name}[{r}]", w, ("4*F_r", "C", "K_r", "K_r"), {"C": channels})
+        if w.shape[0] % 4 or not w.shape[0]:
+            raise ValueError(f"{name}[{r}]: got {w.shape[0]} rows, wanted a multiple of 4 (gates i, f, g, o)")
+        check_kernel_size(f"{name}[{r}]", tuple(w.shape[2:]))
+
+
+def check_kernel_size(name: str, size: tuple[int, int]) -> None:
+    """Both of ``size`` are odd, so that "same" padding is symmetric."""
+    if any(k < 1 or k % 2 == 0 for k in size):
+        raise ValueError(f"{name}: got kernel size {size[0]}x{size[1]}, wanted odd sizes of at least 1")
+
+
+def check_peephole(peephole: Tensor | None, output_peephole: str, hidden_channels: int, x: Tensor) -> None:
+    """[3, F, 1, 1] or [3, F, H, W] for ``x`` [..., H, W]."""
+    if output_peephole not in OUTPUT_PEEPHOLES:
+        raise ValueError(f"output_peephole: got {output_peephole!r}, wanted 'previous' or 'current'")
+    if peephole is None:
+        return
+    check_tensor("peephole", peephole, ("3", "F", "H or 1", "W or 1"), {"3": 3, "F": hidden_channels})
+    if tuple(peephole.shape[2:]) not in ((1, 1), tuple(x.shape[-2:])):
+        raise ValueError(
+            f"peephole: got image size {tuple(peephole.shape[2:])}, wanted (1, 1) or the input's {tuple(x.shape[-2:])}"
+        )
+    if peephole.device != x.device:
+        raise ValueError(f"peephole: got device {peephole.device}, wanted the input's {x.device}")
+
+
+def check_state(
+    state: State | None, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(h_0, c_0), each of ``shape`` on x's device, cast to ``dtype`` and its accumulate dtype; Nones for None."""
+    if state is None:
+        return None, None
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        raise TypeError(f"state: got {type(state).__name__}, wanted a pair (h_0, c_0) of tensors {list(shape)}")
+    dims = ("L", "B", "F", "H", "W")[-len(shape) :]
+    for name, t in zip(("state[0] (h_0)", "state[1] (c_0)"), state, strict=True):
+        check_tensor(name, t, dims, dict(zip(dims, shape, strict=True)))
+        if t.device != x.device:
+            raise ValueError(f"{name}: got device {t.device}, wanted the input's {x.device}")
+        if t.dtype not in (allowed := {dtype, accumulate_dtype(dtype), x.dtype}):
+            raise TypeError(f"{name}: got dtype {t.dtype}, wanted one of {sorted(map(str, allowed))}")
+    return state[0].to(dtype), state[1].to(accumulate_dtype(dtype))

@@ -1,0 +1,225 @@
+"""``MKConvLSTM``: layers, directions, lengths and state around :class:`MKConvLSTMCell`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import FlowAttention
+from .cell import MKConvLSTMCell
+from .functional import State, check_state, check_tensor
+from .transition import Kernels
+
+
+class MKConvLSTM(nn.Module):
+    """Multi-kernel convolutional LSTM (Agethen & Hsu), with ``nn.LSTM``'s conventions.
+
+    ``z_t = X(x_t) + U(h_{t-1}) + b``, ``c_t = f * c_{t-1} + i * g``, ``h_t = o * tanh(c_t)`` (eqs. 6-10), where X and
+    U hold several kernel sizes side by side (section III-C).
+
+    Args:
+        in_channels: C.
+        kernels: {kernel size: hidden channels}, or a list of :class:`Branch`; hidden channels F are their sum.
+        hidden_kernels: the same for hidden-to-hidden; None: as ``kernels``.
+        mix: 1x1 convolution after the interleaving (Fig. 4c): None, "gate" (F x F for each gate) or "full" (4F x 4F).
+        mix_activation: None or "tanh", before the mix.
+        norm: None, "batch", "group" or "layer", after every convolution but the mix. Batch norm's statistics run over
+            B and T for the input, over B at each step for the hidden state.
+        peephole: None, "channel" (w_c* of [F, 1, 1]) or "pixel" ([F, H, W]; needs ``image_size``).
+        output_peephole: "previous": the output gate sees c_{t-1} (eq. 8); "current": c_t (Shi et al. 2015).
+        image_size: (H, W), for ``peephole="pixel"``.
+        attention: :class:`FlowAttention` for masks from optical flow (section III-D) on the first layer's input.
+        num_layers: layers stacked; each takes the output of the one below.
+        bidirectional: a second set of layers runs backwards in time; outputs are concatenated along channels.
+        dropout: probability of zeroing an element between layers, in training.
+        bias: whether there is a bias b [4F].
+        forget_bias: what the forget gate's part of b starts from.
+        batch_first: tensors are (B, T, C, H, W); else (T, B, C, H, W).
+        recompute: keep only h and c (in h's dtype) for backward, and compute the gates of all steps once more there:
+            about a third of the memory, for about a third more time. What norms, masks and pooling of the input need
+            is kept by torch all the same.
+        backend: "auto", or a name in ``mkconvlstm_cuda.backends()``, which then serves or raises its reason.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernels: Kernels,
+        hidden_kernels: Kernels | None = None,
+        mix: str | None = None,
+        mix_activation: str | None = None,
+        norm: str | None = None,
+        peephole: str | None = None,
+        output_peephole: str = "previous",
+        image_size: tuple[int, int] | None = None,
+        attention: FlowAttention | None = None,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        forget_bias: float = 1.0,
+        batch_first: bool = True,
+        recompute: bool = False,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"num_layers: got {num_layers!r}, wanted an int of at least 1")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: got {dropout}, wanted a probability in [0, 1]")
+        self.in_channels, self.num_layers, self.directions = in_channels, num_layers, 2 if bidirectional else 1
+        self.bidirectional, self.dropout = bidirectional, dropout
+        self.batch_first, self.recompute = batch_first, recompute
+        cells = []
+        for layer in range(num_layers):
+            for _ in range(self.directions):
+                cells.append(
+                    MKConvLSTMCell(
+                        in_channels if layer == 0 else cells[0].hidden_channels * self.directions,
+                        kernels,
+                        hidden_kernels,
+                        mix=mix,
+                        mix_activation=mix_activation,
+                        norm=norm,
+                        peephole=peephole,
+                        output_peephole=output_peephole,
+                        image_size=image_size,
+                        attention=attention if layer == 0 else None,
+                        bias=bias,
+                        forget_bias=forget_bias,
+                        backend=backend,
+                        device=device,
+                        dtype=dtype,
+                    )
+                )
+        self.cells = nn.ModuleList(cells)
+
+    @property
+    def hidden_channels(self) -> int:
+        """F."""
+        return self.cells[0].hidden_channels
+
+    @property
+    def last_backend(self) -> str | None:
+        """What served the last call, or None before the first; several names where the layers differed."""
+        used = dict.fromkeys(c.last_backend for c in self.cells if c.last_backend)
+        return ", ".join(used) or None
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        flow: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """A whole sequence.
+
+        Args:
+            x: [B, T, C, H, W] ([T, B, C, H, W] without ``batch_first``), in the parameters' dtype or under autocast.
+            state: (h_0, c_0), each [num_layers * directions, B, F, H, W]; None for zeros.
+            flow: [B, T, flow_channels, H, W] (laid out as x), with flow attention.
+            lengths: [B] integers in 1..T: steps of each sequence that count. Later outputs are zero, (h_n, c_n) are
+                the states after each sequence's last step, and the backward direction starts there.
+
+        Returns:
+            output [B, T, directions * F, H, W] (laid out as x), contiguous, and (h_n, c_n), each
+            [num_layers * directions, B, F, H, W], ordered as ``nn.LSTM``'s. c_n is float32 for half types.
+
+        Raises:
+            ValueError: a shape, device, length or state is wrong, or the named backend cannot serve.
+            TypeError: a dtype is wrong, or an argument is no tensor.
+        """
+        check_tensor("x", x, ("B", "T", "C", "H", "W") if self.batch_first else ("T", "B", "C", "H", "W"))
+        if not self.batch_first:
+            x = x.transpose(0, 1)
+            flow = flow.transpose(0, 1) if isinstance(flow, Tensor) and flow.dim() == 5 else flow
+        self.cells[0].check_input(x, flow)
+        batch, steps = x.shape[:2]
+        shape = (len(self.cells), batch, self.hidden_channels, *x.shape[3:])
+        h_0, c_0 = check_state(state, shape, self.cells[0].compute_dtype(x), x)
+        lengths = check_lengths(lengths, batch, steps, x.device)
+        valid = None
+        if lengths is not None:
+            valid = (torch.arange(steps, device=x.device) < lengths[:, None])[:, :, None, None, None]
+            x = x.where(valid, 0)
+        final = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(self.directions):
+                k = layer * self.directions + direction
+                start = (None, None) if h_0 is None else (h_0[k], c_0[k])
+                seen, seen_flow = x, flow if layer == 0 else None
+                if direction == 1:
+                    seen, seen_flow = reverse(x, lengths), None if seen_flow is None else reverse(seen_flow, lengths)
+                h, h_n, c_n = self.cells[k].sequence(seen, *start, seen_flow, lengths, self.recompute)
+                outputs.append(h if direction == 0 else reverse(h, lengths))
+                final.append((h_n, c_n))
+            x = outputs[0] if self.directions == 1 else torch.cat(outputs, dim=2)
+            if valid is not None:
+                x = x.where(valid, 0)
+            if self.dropout and layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout, self.training)
+        h_n, c_n = (torch.stack(states) for states in zip(*final, strict=True))
+        return x if self.batch_first else x.transpose(0, 1).contiguous(), (h_n, c_n)
+
+    def step(self, x_t: Tensor, state: State | None = None, flow: Tensor | None = None) -> tuple[Tensor, State]:
+        """One frame of a stream; T calls give what :meth:`forward` gives for T frames.
+
+        Args:
+            x_t: [B, C, H, W].
+            state: what the last call returned; None at the start.
+            flow: [B, flow_channels, H, W], with flow attention.
+
+        Returns:
+            h_t [B, F, H, W] of the last layer, and the state to pass to the next call.
+
+        Raises:
+            ValueError: the layer is bidirectional, or as :meth:`forward`.
+        """
+        if self.bidirectional:
+            raise ValueError("step: got a bidirectional layer, wanted one that needs no future frames")
+        check_tensor("x_t", x_t, ("B", "C", "H", "W"))
+        time = 1 if self.batch_first else 0
+        flow = flow.unsqueeze(time) if isinstance(flow, Tensor) and flow.dim() == 4 else flow
+        output, state = self(x_t.unsqueeze(time), state, flow)
+        return output.squeeze(time), state
+
+    def extra_repr(self) -> str:
+        shown = ("num_layers", "bidirectional", "dropout", "batch_first", "recompute")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
+
+
+def check_lengths(lengths: Tensor | None, batch: int, steps: int, device: torch.device) -> Tensor | None:
+    """``lengths`` as int64 [B] on ``device``; accepts a tensor or a list of ints.
+
+    Raises:
+        TypeError: it is neither, or not of integers.
+        ValueError: its shape or a length is wrong.
+    """
+    if lengths is None:
+        return None
+    if not isinstance(lengths, (Tensor, list, tuple)):
+        raise TypeError(f"lengths: got {type(lengths).__name__}, wanted a tensor or list of {batch} integers")
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: got dtype {lengths.dtype}, wanted integers")
+    if tuple(lengths.shape) != (batch,):
+        raise ValueError(f"lengths: got shape {list(lengths.shape)}, wanted [B={batch}]")
+    if batch and not (1 <= int(lengths.min()) and int(lengths.max()) <= steps):
+        raise ValueError(f"lengths: got {lengths.tolist()}, wanted all in 1..T={steps}")
+    return lengths.to(device=device, dtype=torch.int64)
+
+
+def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """``x`` [B, T, ...] with the first ``lengths`` steps of each sequence in reverse order; its own inverse."""
+    if lengths is None:
+        return x.flip(1)
+    steps = torch.arange(x.shape[1], device=x.device)
+    index = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]

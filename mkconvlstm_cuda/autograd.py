@@ -29,7 +29,7 @@ class TransitionFunction(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype, dilations, mix_tanh: bool, keep_premix: bool, *tensors):
-        w = TransitionWeights.from_tensors(tensors, dilations, mix_tanh)
+        w = TransitionWeights.from_tensors(tensors, dilations, mix_tanh).channels_last()
         v = premix(channels_last(x.to(dtype)), w)
         ctx.save_for_backward(x, v if keep_premix and w.mix is not None else None, *tensors)
         ctx.dtype, ctx.dilations, ctx.mix_tanh = dtype, dilations, mix_tanh
@@ -38,7 +38,7 @@ class TransitionFunction(Function):
     @staticmethod
     def backward(ctx, dz: Tensor):
         x, v, *tensors = ctx.saved_tensors
-        w = TransitionWeights.from_tensors(tensors, ctx.dilations, ctx.mix_tanh)
+        w = TransitionWeights.from_tensors(tensors, ctx.dilations, ctx.mix_tanh).channels_last()
         dz, images = channels_last(dz), channels_last(x.to(ctx.dtype))
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         if torch.is_grad_enabled():

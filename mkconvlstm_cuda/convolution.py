@@ -87,6 +87,11 @@ class TransitionWeights:
         cast = [None if t is None else t.to(dtype) for t in self.tensors()]
         return self.from_tensors(cast, self.dilations, self.mix_tanh)
 
+    def channels_last(self) -> TransitionWeights:
+        """The same with channels innermost in memory, as the images have them: for many uses in a row."""
+        same = [channels_last(t) if t is not None and t.dim() == 4 else t for t in self.tensors()]
+        return self.from_tensors(same, self.dilations, self.mix_tanh)
+
     def with_bias(self, bias: Tensor | None) -> TransitionWeights:
         """Add ``bias`` [4F] to the transition's output, at the last convolution, where it costs nothing."""
         if bias is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import aten
+from . import aten, triton_backend
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ def _weights_only(problem: Problem) -> str | None:
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
+        Backend(
+            "triton",
+            triton_backend.available,
+            triton_backend.supports,
+            triton_backend.forward,
+            triton_backend.backward,
+        ),
         Backend("aten", _yes, _weights_only, aten.forward, aten.backward),
         Backend("reference", _yes, _yes),
     )

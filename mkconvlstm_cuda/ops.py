@@ -46,7 +46,7 @@ def sequence_forward(
         h: [B, T, F, H, W], contiguous.
         c: [B, T, F, H, W] with ``keep``, else the last step's [B, 1, F, H, W]; channels-last, accumulate dtype.
     """
-    w = TransitionWeights.from_tensors(hidden, dilations, mix_tanh)
+    w = TransitionWeights.from_tensors(hidden, dilations, mix_tanh).channels_last()
     return BACKENDS[backend].forward(z, w, h_0, c_0, peephole, output_peephole, keep)
 
 
@@ -86,7 +86,7 @@ def sequence_backward(
     Returns:
         dh_0 [B, F, H, W] in z's dtype, empty (0 elements) when h_0 is None; dc_0 [B, F, H, W], accumulate dtype.
     """
-    w = TransitionWeights.from_tensors(hidden, dilations, mix_tanh)
+    w = TransitionWeights.from_tensors(hidden, dilations, mix_tanh).channels_last()
     dh_0, dc_0 = BACKENDS[backend].backward(
         gates, h, c, w, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths
     )

@@ -1,0 +1,50 @@
+"""The ``triton`` backend's entry in the table of backends: imports Triton only when it runs."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, by its own switch."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def available() -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not torch.cuda.is_available() and not interpreted():
+        return "torch finds no GPU"
+    return None
+
+
+def supports(problem) -> str | None:
+    """None where the kernels compute ``problem`` (:class:`dispatch.Problem`), else why not."""
+    if problem.device.type != "cuda" and not interpreted():
+        return f"it runs on GPUs, and the input is on {problem.device.type}"
+    if problem.dtype == torch.float64:
+        return "it has no float64"
+    if problem.dtype == torch.bfloat16 and interpreted():
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if problem.live_parts:
+        return f"its hidden transition has {problem.live_parts}, which only 'reference' computes"
+    if problem.bottlenecks:
+        return "its hidden transition has 1x1 bottlenecks"
+    if problem.mix is not None or problem.mix_tanh:
+        return "its hidden transition has a 1x1 mix or an activation"
+    return None
+
+
+def forward(*args):
+    from .triton_kernels import launch
+
+    return launch.forward(*args)
+
+
+def backward(*args):
+    from .triton_kernels import launch
+
+    return launch.backward(*args)

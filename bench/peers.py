@@ -50,9 +50,11 @@ class BatchedInputLoop(UsualLoop):
         """``x`` [B, T, C, H, W] -> h [B, T, F, H, W]."""
         channels, layout = x.shape[2], torch.channels_last
         images = x.flatten(0, 1).contiguous(memory_format=layout)
-        options = dict(padding="same")
+        options = {"padding": "same"}
         from_input = [
-            nn.functional.conv2d(images, conv.weight[:, :channels].contiguous(memory_format=layout), conv.bias, **options)
+            nn.functional.conv2d(
+                images, conv.weight[:, :channels].contiguous(memory_format=layout), conv.bias, **options
+            )
             .unflatten(0, x.shape[:2])
             .unbind(1)
             for conv in self.convs

@@ -7,6 +7,8 @@ over all T. Images are channels-last in memory, and a step updates them in place
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def initial_state(state: Tensor | None, z: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def previous(states: Tensor, initial: Tensor | None) -> Tensor:
-    """The states before each step, [B, T, F, H, W] channels-last: ``initial`` (zeros if None), then all but the last."""
+    """States before each step, [B, T, F, H, W] channels-last: ``initial`` (zeros if None), then all but the last."""
     batch, steps, hidden, height, width = states.shape
     out = states.new_empty((batch, steps, height, width, hidden)).permute(0, 1, 4, 2, 3)
     out[:, 0] = 0 if initial is None else initial
@@ -55,9 +57,21 @@ def activate(z: Tensor, c_prev: Tensor, peephole: Tensor | None, output_peephole
     return c
 
 
-def add_hidden(z: Tensor, h: Tensor, w: TransitionWeights) -> None:
-    """Add U(h), h [N, F, H, W], to the pre-activations ``z`` [N, 4, F, H, W] in place."""
-    z += transition_forward(h, w).unflatten(1, (4, -1))
+def gate_step(
+    z: Tensor, u: Tensor | None, c_prev: Tensor, peephole: Tensor | None, output_peephole: str
+) -> tuple[Tensor, Tensor]:
+    """Gates and state update of one step; ``z`` [B, 4F, H, W] becomes the gates of ``z + u``.
+
+    Returns h [B, F, H, W] in z's dtype and c in the accumulate dtype, channels-last.
+    """
+    gates = z.unflatten(1, (4, -1))
+    a = gates.to(c_prev.dtype)  # z itself where the dtypes agree
+    if u is not None:
+        a += u.unflatten(1, (4, -1))
+    c = activate(a, c_prev, peephole, output_peephole)
+    if a.dtype != z.dtype:
+        gates.copy_(a)
+    return (a[:, 3] * c.tanh()).to(z.dtype), c
 
 
 def forward(
@@ -68,27 +82,19 @@ def forward(
     peephole: Tensor | None,
     output_peephole: str,
     keep: bool,
+    gate_step: Callable = gate_step,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence forward; see :func:`mkconvlstm_cuda.ops.sequence_forward`."""
     batch, steps = z.shape[:2]
-    dtype, acc = z.dtype, accumulate_dtype(z.dtype)
-    h, c = initial_state(h_0, z, dtype), initial_state(c_0, z, acc)
+    h, c = initial_state(h_0, z, z.dtype), initial_state(c_0, z, accumulate_dtype(z.dtype))
     hs = z.new_empty((batch, steps, h.shape[1], *z.shape[3:]))
-    cs = empty_states(z, batch, steps if keep else 1, acc)
+    cs = empty_states(z, batch, steps if keep else 1, c.dtype)
     for t in range(steps):
-        z_t = z[:, t].unflatten(1, (4, -1))
-        a = z_t.to(acc)  # z itself where the dtypes agree
-        if t > 0 or h_0 is not None or hidden.has_bias:  # else U(0) = 0
-            add_hidden(a, h, hidden)
-        c = activate(a, c, peephole, output_peephole)
-        h = (a[:, 3] * c.tanh()).to(dtype)
+        is_zero = t == 0 and h_0 is None and not hidden.has_bias  # then so is U(h)
+        u = None if is_zero else transition_forward(h, hidden)
+        h, c = gate_step(z[:, t], u, c, peephole, output_peephole)
         hs[:, t] = h
-        if keep:
-            cs[:, t] = c
-            if a.dtype != dtype:
-                z_t.copy_(a)
-    if not keep:
-        cs[:, 0] = c
+        cs[:, t if keep else 0] = c
     return hs, cs
 
 
@@ -109,45 +115,46 @@ def recompute_gates(
         part = slice(first, first + chunk)
         h_prev = previous(h[:, part], h_0 if first == 0 else h[:, first - 1]).flatten(0, 1)
         c_prev = previous(c[:, part], c_0 if first == 0 else c[:, first - 1]).flatten(0, 1).to(acc)
-        a = z[:, part].to(acc).flatten(0, 1).unflatten(1, (4, -1))
-        add_hidden(a, h_prev, hidden)
-        activate(a, c_prev, peephole, output_peephole)
-        z[:, part] = a.flatten(1, 2).unflatten(0, (z.shape[0], -1))
+        images = z[:, part].flatten(0, 1)
+        gate_step(images, transition_forward(h_prev, hidden), c_prev, peephole, output_peephole)
+        z[:, part] = images.unflatten(0, (z.shape[0], -1))
     return z
 
 
-def gate_gradients(
+def gate_step_backward(
     gates: Tensor,
-    dh: Tensor,
+    dh: Tensor | None,
+    dh_prev: Tensor | None,
     dc: Tensor,
     c_prev: Tensor,
     c: Tensor,
     peephole: Tensor | None,
     output_peephole: str,
-) -> tuple[Tensor, Tensor]:
-    """Backward of one step's gates and state update, all in the accumulate dtype.
+) -> Tensor:
+    """Backward of :func:`gate_step`: ``gates`` [B, 4F, H, W] become the gradient of the pre-activations.
 
-    ``gates`` [B, 4, F, H, W] activated; ``dh``, ``dc`` [B, F, H, W]: gradients of h_t and c_t. Returns dz
-    [B, 4, F, H, W] and the gradient of c_{t-1}.
+    ``dh`` and ``dh_prev`` [B, F, H, W] are h_t's gradients from outside and from step t+1, None for zeros; ``dc`` is
+    c_t's from step t+1, in the accumulate dtype, as are c_{t-1} and c_t. Returns c_{t-1}'s gradient.
     """
-    i, f, g, o = gates.unbind(1)
     sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+    gates = gates.unflatten(1, (4, -1))
+    i, f, g, o = gates.to(c.dtype).unbind(1)
+    terms = [channels_last(d).to(c.dtype) for d in (dh, dh_prev) if d is not None]
+    dh = sum(terms) if terms else torch.zeros_like(c)
     tanh_c = c.tanh()
     dz_o = sigmoid_backward(dh * tanh_c, o)
     dc = dc + tanh_backward(dh * o, tanh_c)
     if peephole is not None and output_peephole == "current":
         dc = dc + peephole[2] * dz_o
-    dz = torch.empty_like(gates)
-    dz[:, 0] = sigmoid_backward(dc * g, i)
-    dz[:, 1] = sigmoid_backward(dc * c_prev, f)
-    dz[:, 2] = tanh_backward(dc * i, g)
-    dz[:, 3] = dz_o
+    dz_i, dz_f, dz_g = sigmoid_backward(dc * g, i), sigmoid_backward(dc * c_prev, f), tanh_backward(dc * i, g)
     dc_prev = dc * f
     if peephole is not None:
-        dc_prev = dc_prev + peephole[0] * dz[:, 0] + peephole[1] * dz[:, 1]
+        dc_prev = dc_prev + peephole[0] * dz_i + peephole[1] * dz_f
         if output_peephole == "previous":
             dc_prev = dc_prev + peephole[2] * dz_o
-    return dz, dc_prev
+    for gate, dz in zip(gates.unbind(1), (dz_i, dz_f, dz_g, dz_o), strict=True):
+        gate.copy_(dz)
+    return dc_prev
 
 
 def backward(
@@ -162,31 +169,26 @@ def backward(
     dh: Tensor | None,
     dc_n: Tensor | None,
     lengths: Tensor | None,
+    gate_step_backward: Callable = gate_step_backward,
 ) -> tuple[Tensor | None, Tensor]:
     """The recurrence backward; see :func:`mkconvlstm_cuda.ops.sequence_backward`."""
     batch, steps = gates.shape[:2]
     acc = accumulate_dtype(gates.dtype)
-    dc = initial_state(dc_n if lengths is None else None, gates, acc)
+    dc = initial_state(dc_n if lengths is None else None, gates, acc).clone()  # a step may overwrite it
     v = premix(previous(h, h_0).flatten(0, 1), hidden).unflatten(0, (batch, steps)) if hidden.mix_tanh else None
     dh_prev = None
     for t in reversed(range(steps)):
         if lengths is not None and dc_n is not None:
             dc = dc + dc_n * (lengths == t + 1).view(-1, 1, 1, 1)
-        dh_t = torch.zeros_like(dc) if dh is None else channels_last(dh[:, t]).to(acc)
-        if dh_prev is not None:
-            dh_t = dh_t + dh_prev
         c_prev = c[:, t - 1].to(acc) if t > 0 else initial_state(c_0, gates, acc)
-        gates_t = gates[:, t].unflatten(1, (4, -1))
-        dz, dc = gate_gradients(gates_t.to(acc), dh_t, dc, c_prev, c[:, t].to(acc), peephole, output_peephole)
-        gates_t.copy_(dz)
+        dh_t = None if dh is None else dh[:, t]
+        dc = gate_step_backward(gates[:, t], dh_t, dh_prev, dc, c_prev, c[:, t].to(acc), peephole, output_peephole)
         if t > 0 or h_0 is not None:
             dh_prev = input_gradient(gates[:, t], hidden, None if v is None else v[:, t])
     return (dh_prev if h_0 is not None else None), dc
 
 
-def peephole_gradient(
-    dz: Tensor, c: Tensor, c_0: Tensor | None, peephole: Tensor, output_peephole: str
-) -> Tensor:
+def peephole_gradient(dz: Tensor, c: Tensor, c_0: Tensor | None, peephole: Tensor, output_peephole: str) -> Tensor:
     """Gradient of the peepholes [3, F, 1 or H, 1 or W] from ``dz`` [B, T, 4F, H, W] and ``c`` [B, T, F, H, W]."""
     acc = accumulate_dtype(dz.dtype)
     total = torch.zeros((3, *c.shape[2:]), dtype=acc, device=c.device)

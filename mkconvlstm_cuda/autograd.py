@@ -83,8 +83,8 @@ class SequenceFunction(Function):
     """The recurrence, with the backward of the backend that ran forward.
 
     Between forward and backward it keeps h and c of all steps, and either the gates or, with ``recompute`` (c then in
-    h's dtype), nothing more. Backward overwrites the gates by their gradients; a second backward over the same graph
-    recomputes them. A backward that is itself differentiated goes through ``reference``.
+    h's dtype), nothing more. Backward overwrites the gates by their gradients, unless the graph is retained. A backward
+    that is itself differentiated goes through ``reference``.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class SequenceFunction(Function):
         h, c = ops.sequence_forward(gates, *args, True, options.backend)
         gates, kept_c = (None, c.to(h.dtype)) if options.recompute else (gates, c)
         ctx.save_for_backward(gates, h, kept_c, lengths, h_0, c_0, peephole, *hidden)
-        ctx.options, ctx.gates_are_spent = options, options.recompute
+        ctx.options = options
         ctx.set_materialize_grads(False)
         return h, last_states(h, lengths), last_states(c, lengths)
 
@@ -107,13 +107,10 @@ class SequenceFunction(Function):
         options = ctx.options
         gates, h, c, lengths, h_0, c_0, peephole, *hidden = ctx.saved_tensors
         w = TransitionWeights.from_tensors(hidden, options.dilations, options.mix_tanh)
-        if ctx.gates_are_spent:
-            gates = aten.recompute_gates(
-                options.recompute_z(), h, c, w, h_0, c_0, peephole, options.output_peephole
-            )
-        else:
-            ctx.gates_are_spent = True
-            gates = gates.data  # not detach(): a retained graph may unpack the spent gates, which nobody reads
+        if options.recompute:
+            gates = aten.recompute_gates(options.recompute_z(), h, c, w, h_0, c_0, peephole, options.output_peephole)
+        elif keeps_graph():
+            gates = gates.clone()
         dh = add_last_gradient(dh, dh_n, h, lengths)
         args = (hidden, options.dilations, options.mix_tanh, h_0, c_0, peephole, options.output_peephole)
         dh_0, dc_0 = ops.sequence_backward(gates, h, c, *args, dh, dc_n, lengths, options.backend)
@@ -151,6 +148,14 @@ class SequenceFunction(Function):
         grads = torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True)
         remaining = iter(grads)
         return tuple(next(remaining) if needed else None for needed in ctx.needs_input_grad)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs now may run again over the same graph (``retain_graph=True``).
+
+    The engine tells it nobody else; torch's own compiled backwards ask it the same way before they reuse buffers.
+    """
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def add_last_gradient(dh: Tensor | None, dh_n: Tensor | None, h: Tensor, lengths: Tensor | None) -> Tensor | None:

@@ -50,12 +50,14 @@ class MKConvLSTMCell(nn.Module):
             raise ValueError("image_size: got None, wanted (H, W), which peephole='pixel' needs")
         if attention is not None and not isinstance(attention, FlowAttention):
             raise TypeError(f"attention: got {type(attention).__name__}, wanted a FlowAttention or None")
-        factory = dict(device=device, dtype=dtype)
+        factory = {"device": device, "dtype": dtype}
         branches = parse_branches("kernels", kernels)
         hidden_branches = branches if hidden_kernels is None else parse_branches("hidden_kernels", hidden_kernels)
         self.in_channels, self.hidden_channels = in_channels, sum(b.channels for b in branches)
         if (got := sum(b.channels for b in hidden_branches)) != self.hidden_channels:
-            raise ValueError(f"hidden_kernels: got {got} channels in all, wanted those of kernels, {self.hidden_channels}")
+            raise ValueError(
+                f"hidden_kernels: got {got} channels in all, wanted those of kernels, {self.hidden_channels}"
+            )
         self.output_peephole, self.forget_bias = output_peephole, forget_bias
         self.backend = check_name(backend)
         self.last_backend: str | None = None

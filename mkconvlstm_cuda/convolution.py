@@ -64,7 +64,9 @@ class TransitionWeights:
     @property
     def has_bias(self) -> bool:
         """Whether the transition of zeros is anything but zeros."""
-        return self.mix_bias is not None or any(b.bias is not None or b.bottleneck_bias is not None for b in self.branches)
+        return self.mix_bias is not None or any(
+            b.bias is not None or b.bottleneck_bias is not None for b in self.branches
+        )
 
     def tensors(self) -> list[Tensor | None]:
         """Flat list: weight, bias, bottleneck, bottleneck bias of each branch, then mix, mix bias."""
@@ -115,9 +117,8 @@ def interleave(outputs: Sequence[Tensor]) -> Tensor:
     """Join branch outputs [N, 4*F_r, H, W] gate by gate into [N, 4F, H, W] (the paper's Fig. 4b)."""
     if len(outputs) == 1:
         return outputs[0]
-    n, _, height, width = outputs[0].shape
     split = [o.permute(0, 2, 3, 1).unflatten(-1, (4, -1)) for o in outputs]  # [N, H, W, 4, F_r]
-    return torch.cat(split, dim=-1).view(n, height, width, -1).permute(0, 3, 1, 2)
+    return torch.cat(split, dim=-1).flatten(-2).permute(0, 3, 1, 2)
 
 
 def deinterleave(z: Tensor, sizes: Sequence[int]) -> list[Tensor]:

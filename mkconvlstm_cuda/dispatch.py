@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import aten, triton_backend
+from . import aten, cuda_backend, triton_backend
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ BACKENDS: dict[str, Backend] = {
             triton_backend.forward,
             triton_backend.backward,
         ),
+        Backend("cuda", cuda_backend.available, cuda_backend.supports, cuda_backend.forward, cuda_backend.backward),
         Backend("aten", _yes, _weights_only, aten.forward, aten.backward),
         Backend("reference", _yes, _yes),
     )

@@ -153,14 +153,14 @@ def problem(z: Tensor, hidden, peephole: Tensor | None, lengths: Tensor | None, 
     batch, steps, _, height, width = z.shape
     known = {}
     if not live_parts:
-        known = dict(
-            hidden_sizes=tuple(hidden.sizes),
-            kernel_sizes=tuple(tuple(b.weight.shape[2:]) for b in hidden.branches),
-            dilations=tuple(b.dilation for b in hidden.branches),
-            bottlenecks=any(b.bottleneck is not None for b in hidden.branches),
-            mix=None if hidden.mix is None else "full" if hidden.mix_groups == 1 else "gate",
-            mix_tanh=hidden.mix_tanh,
-        )
+        known = {
+            "hidden_sizes": tuple(hidden.sizes),
+            "kernel_sizes": tuple(tuple(b.weight.shape[2:]) for b in hidden.branches),
+            "dilations": tuple(b.dilation for b in hidden.branches),
+            "bottlenecks": any(b.bottleneck is not None for b in hidden.branches),
+            "mix": None if hidden.mix is None else "full" if hidden.mix_groups == 1 else "gate",
+            "mix_tanh": hidden.mix_tanh,
+        }
     kind = None if peephole is None else "channel" if peephole.shape[2:] == (1, 1) else "pixel"
     return dispatch.Problem(
         z.device,

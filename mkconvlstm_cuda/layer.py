@@ -211,7 +211,7 @@ def check_lengths(lengths: Tensor | None, batch: int, steps: int, device: torch.
         raise TypeError(f"lengths: got dtype {lengths.dtype}, wanted integers")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"lengths: got shape {list(lengths.shape)}, wanted [B={batch}]")
-    if batch and not (1 <= int(lengths.min()) and int(lengths.max()) <= steps):
+    if batch and not (int(lengths.min()) >= 1 and int(lengths.max()) <= steps):
         raise ValueError(f"lengths: got {lengths.tolist()}, wanted all in 1..T={steps}")
     return lengths.to(device=device, dtype=torch.int64)
 

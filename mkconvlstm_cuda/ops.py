@@ -87,14 +87,12 @@ def sequence_backward(
         dh_0 [B, F, H, W] in z's dtype, empty (0 elements) when h_0 is None; dc_0 [B, F, H, W], accumulate dtype.
     """
     w = TransitionWeights.from_tensors(hidden, dilations, mix_tanh).channels_last()
-    dh_0, dc_0 = BACKENDS[backend].backward(
-        gates, h, c, w, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths
-    )
+    dh_0, dc_0 = BACKENDS[backend].backward(gates, h, c, w, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths)
     return gates.new_empty(0) if dh_0 is None else dh_0, dc_0
 
 
 @sequence_backward.register_fake
 def _(gates, h, c, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths, backend):
-    batch, _, channels, height, width = gates.shape
+    batch, _, _channels, _height, _width = gates.shape
     dc_0 = aten.empty_states(gates, batch, 1, accumulate_dtype(gates.dtype))[:, 0]
     return gates.new_empty(0) if h_0 is None else torch.empty_like(dc_0, dtype=gates.dtype), dc_0

@@ -16,9 +16,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def cell_step(
-    z: Tensor, c_prev: Tensor, peephole: Tensor | None, output_peephole: str
-) -> tuple[Tensor, Tensor]:
+def cell_step(z: Tensor, c_prev: Tensor, peephole: Tensor | None, output_peephole: str) -> tuple[Tensor, Tensor]:
     """Gates and state update of one step (the paper's eqs. 6-10; Shi et al. 2015 with ``output_peephole="current"``).
 
     ``z`` [B, 4F, H, W]: pre-activations, order i f g o. ``c_prev`` [B, F, H, W]. ``peephole`` [3, F, 1 or H, 1 or W]:
@@ -56,7 +54,7 @@ def sequence(
         output_peephole: "previous" or "current".
 
     Returns:
-        h [B, T, F, H, W] in z's dtype and c, the same shape, in the accumulate dtype.
+        h [B, T, F, H, W], contiguous, in z's dtype and c, the same shape, in the accumulate dtype.
     """
     batch, _, gates, height, width = z.shape
     c = z.new_zeros((batch, gates // 4, height, width), dtype=accumulate_dtype(z.dtype)) if c_0 is None else c_0
@@ -67,4 +65,4 @@ def sequence(
         h = h.to(z.dtype)
         hs.append(h)
         cs.append(c)
-    return torch.stack(hs, 1), torch.stack(cs, 1)
+    return torch.stack(hs, 1).contiguous(), torch.stack(cs, 1)

@@ -1,0 +1,32 @@
+# Each target does all of its own set-up, in .venv.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test wheel clean
+
+demo: $(VENV)/.demo  ## train a forecaster on moving handwritten digits and draw what it predicts
+	$(BIN)/mkconvlstm forecast --output demo
+
+test: $(VENV)/.test  ## lint and all tests that this machine can run
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+wheel: $(VENV)/.build  ## dist/*.whl
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mkconvlstm_cuda/*.so
+
+# What the build needs comes first, so that it runs without isolation and torch is installed once.
+$(VENV)/.build: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+		"setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13" "torch>=2.11,<2.14"
+	touch $@
+
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.build $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[$*]"
+	touch $@

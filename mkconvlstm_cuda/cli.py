@@ -1,0 +1,234 @@
+"""The command ``mkconvlstm``."""
+
+from __future__ import annotations
+
+import platform
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Multi-kernel convolutional LSTM for PyTorch.", no_args_is_help=True, add_completion=False)
+console = Console()
+
+
+class DType(str, Enum):
+    """dtypes by name."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]  # noqa: UP045
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@app.command()
+def info(
+    plan: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="B,F,H,W", help="Also show the launch that the CUDA gate step takes for this problem."),
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="dtype for --plan.")] = DType.float32,
+) -> None:
+    """Versions, devices, and which backends can run here or why not."""
+    from . import _C, dispatch
+
+    software = Table("software", "version")
+    software.add_row("python", platform.python_version())
+    for package in ("mkconvlstm_cuda", "torch", "triton", "numpy"):
+        try:
+            software.add_row(package, version(package))
+        except PackageNotFoundError:
+            software.add_row(package, "[dim]not installed[/dim]")
+    for key, value in _C.build_info().items():
+        software.add_row(f"built with: {key}", "[dim]none[/dim]" if value is None else str(value))
+    devices = Table("device", "name")
+    devices.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
+    for k in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(k)
+        devices.add_row(f"cuda:{k}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    backends = Table("backend", "available")
+    for backend in dispatch.BACKENDS.values():
+        reason = backend.available()
+        backends.add_row(backend.name, f"[yellow]no: {reason}[/yellow]" if reason else "[green]yes[/green]")
+    for table in (software, devices, backends):
+        console.print(table)
+    if plan:
+        console.print(show_plan(plan, dtype.value))
+
+
+def show_plan(problem: str, dtype: str) -> str:
+    from . import _C
+
+    try:
+        batch, channels, height, width = (int(n) for n in problem.split(","))
+        return repr(_C.plan(batch=batch, channels=channels, height=height, width=width, dtype=dtype))
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(f"--plan {problem!r}: wanted four sizes B,F,H,W ({error})") from error
+
+
+@app.command()
+def check(
+    device: DeviceOption = None,
+    dtype: Annotated[list[DType], typer.Option(help="May be given several times; all by default.")] = list(DType),  # noqa: B006
+) -> None:
+    """Gradcheck and agreement with float64 of every available backend; exit code 1 if anything fails."""
+    from . import check as checks
+
+    with console.status("checking") as status:
+        results = []
+        for r in checks.run(pick_device(device), tuple(getattr(torch, d.value) for d in dtype)):
+            status.update(f"checking {r.backend}, {r.dtype}: {r.check}")
+            results.append(r)
+    table = Table(
+        "backend", "dtype", "problems", "worst error", "its limit", "", title=f"largest error over {checks.COVERS}"
+    )
+    for group in dict.fromkeys((r.backend, r.dtype, r.error is None) for r in results):
+        same = [r for r in results if (r.backend, r.dtype, r.error is None) == group]
+        worst = max(same, key=lambda r: 0 if r.error is None else r.error / r.limit)
+        bad, skipped = (sum(r.passed is verdict for r in same) for verdict in (False, None))
+        verdict = f"[red]{bad} FAILED[/red]" if bad else "[yellow]not run[/yellow]" if skipped else "[green]ok[/green]"
+        numbers = ["", ""] if worst.error is None else [f"{worst.error:.1e}", f"{worst.limit:.1e}"]
+        what = str(len(same)) if worst.error is not None else ", ".join(dict.fromkeys(r.check for r in same))
+        table.add_row(worst.backend, worst.dtype, what, *numbers, f"{verdict} {worst.note}".strip())
+    console.print(table)
+    for r in results:
+        if r.passed is False:
+            numbers = "" if r.error is None else f": error {r.error:.1e}, limit {r.limit:.1e}"
+            console.print(f"[red]failed[/red]: {r.backend}, {r.dtype}, {r.check}{numbers} {r.note}")
+    failed = sum(r.passed is False for r in results)
+    console.print(
+        f"{sum(r.passed is True for r in results)} passed, {failed} failed, "
+        f"{sum(r.passed is None for r in results)} not run"
+    )
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def bench(
+    workloads: Annotated[
+        list[str] | None, typer.Argument(help="Names; see --list. Default: those for the device.")
+    ] = None,
+    device: DeviceOption = None,
+    dtype: Annotated[list[DType], typer.Option(help="May be given several times.")] = [DType.float32, DType.bfloat16],  # noqa: B006
+    seconds: Annotated[float, typer.Option(help="For each workload, dtype and pass, all layers together.")] = 10.0,
+    output: Annotated[Path, typer.Option(help="Folder for JSON, Markdown and PNG.")] = Path("bench-results"),
+    report: Annotated[bool, typer.Option("--report", help="Write to bench/reports, for committing.")] = False,
+    list_workloads: Annotated[bool, typer.Option("--list", help="Only list the workloads.")] = False,
+) -> None:
+    """Throughput of every available backend against what people write today; checked first, timed by turns."""
+    from .bench import measure
+    from .bench import report as reports
+    from .bench.workloads import WORKLOADS
+
+    if list_workloads:
+        table = Table("workload", "B, T, C, H, W", "kernels", "forward, GFLOP", "stands for")
+        for w in WORKLOADS.values():
+            table.add_row(w.name, str(w.shape), str(w.kernels), f"{w.forward_flops / 1e9:.3g}", w.stands_for)
+        console.print(table)
+        return
+    target = pick_device(device)
+    if not workloads:
+        workloads = [name for name in WORKLOADS if name.startswith("cpu_") == (target.type == "cpu")]
+    if unknown := [name for name in workloads if name not in WORKLOADS]:
+        raise typer.BadParameter(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    with console.status("") as status:
+        results = measure.run(workloads, target, [getattr(torch, d.value) for d in dtype], seconds, status.update)
+    table = Table(*reports.COLUMNS)
+    for row in reports.rows(results):
+        table.add_row(*row)
+    console.print(table)
+    folder = Path(measure.__file__).resolve().parent / "reports" if report else output
+    for path in reports.write(results, folder):
+        console.print(f"wrote {path}")
+
+
+@app.command()
+def forecast(
+    output: Annotated[Path, typer.Option(help="Folder for pictures, metrics and checkpoint.")] = Path("demo"),
+    minutes: Annotated[Optional[float], typer.Option(help="Training time; not with --steps.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="Training steps, for a run that repeats exactly.")] = None,  # noqa: UP045
+    mnist: Annotated[
+        Path | None, typer.Option(help="Folder with MNIST's IDX files, in place of scikit-learn's digits.")
+    ] = None,
+    speed: Annotated[
+        list[float] | None, typer.Option(help="Mean speed of a digit, pixels per frame; once for each digit.")
+    ] = None,
+    channels: Annotated[Optional[int], typer.Option(help="Hidden channels of each kernel size.")] = None,  # noqa: UP045
+    kernel: Annotated[Optional[list[int]], typer.Option(help="Kernel size; once for each.")] = None,  # noqa: UP045
+    seed: int = 0,
+    backend: str = "auto",
+    device: DeviceOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
+    ] = False,
+) -> None:
+    """Trains a forecaster on moving handwritten digits, and shows truth and prediction side by side."""
+    from . import forecast as forecasting
+
+    settings: dict = {"seed": seed}
+    if speed:
+        settings["speeds"] = tuple(speed)
+    if kernel or channels:
+        settings["kernels"] = dict.fromkeys(kernel or [3, 5], channels or 16)
+    try:
+        metrics = forecasting.run(
+            output,
+            minutes=minutes,
+            steps=steps,
+            mnist=mnist,
+            backend=backend,
+            device=pick_device(device),
+            resume=resume,
+            console=console,
+            **settings,
+        )
+    except KeyboardInterrupt:
+        console.print(f"stopped; continue with: mkconvlstm forecast --output {output} --resume")
+        raise typer.Exit(130) from None
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(2) from None
+    console.print(summary(metrics))
+    console.print(
+        f"look at {output / 'forecast.png'} and {output / 'forecast.gif'}; numbers in {output / 'metrics.json'}"
+    )
+
+
+def summary(metrics: dict) -> Table:
+    """The numbers of a forecast against those of copying the last frame."""
+    scores, training = metrics["evaluation"], metrics["training"]
+    title = f"{scores['clips']} unseen sequences; {training['steps']} steps in {training['seconds']:.0f} s"
+    table = Table("", "prediction", "copying the last frame", title=title)
+    shown = {
+        "mse": "mean squared error",
+        "cross_entropy": "cross-entropy, nats per sequence",
+        "csi": "critical success index",
+    }
+    for key, words in shown.items():
+        table.add_row(words, *(f"{scores[who][key]:.4g}" for who in ("prediction", "last_frame")))
+    table.add_row("error over that of copying", f"{scores['mse_ratio']:.1%}", "100%")
+    return table
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,143 @@
+"""Every backend computes what the reference does: output, states and every gradient."""
+
+import pytest
+import torch
+from problems import LIVE, PROBLEMS, Problem, assert_close, backends_here
+
+from mkconvlstm_cuda import MKConvLSTM, dispatch
+
+WEIGHTS_ONLY = [name for name in PROBLEMS if name not in LIVE]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", backends_here())
+@pytest.mark.parametrize("name", WEIGHTS_ONLY)
+def test_float64_agrees_to_1e10(name, backend):
+    problem = PROBLEMS[name]
+    assert_close(problem.run(backend), problem.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("backend", backends_here())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name", ["two kernel sizes", "mix gate, tanh", "peephole pixel, current", "recompute", "lengths"]
+)
+def test_low_precision_is_as_close_as_torch(name, dtype, backend):
+    """At most twice as far from float64 as the reference, which is torch's own arithmetic, in the same dtype."""
+    problem = PROBLEMS[name]
+    exact, torchs, ours = problem.run("reference"), problem.run("reference", dtype), problem.run(backend, dtype)
+
+    def worst(results):
+        return max(float((r.double() - exact[n]).norm() / exact[n].norm()) for n, r in results.items())
+
+    assert worst(torchs) < {torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    assert worst(ours) <= max(2 * worst(torchs), 1e-6)
+
+
+@pytest.mark.parametrize("name", [*LIVE, "inception"])
+def test_live_parts_fall_back_with_a_reason(name):
+    problem = PROBLEMS[name]
+    layer = problem.layer("auto")
+    problem.call(layer, **problem.inputs(layer))
+    assert layer.last_backend == "reference"
+    named = problem.layer("aten")
+    with pytest.raises(
+        ValueError, match=r"backend: 'aten' cannot serve this call: its hidden transition has .*(norm|pool)"
+    ):
+        problem.call(named, **problem.inputs(named))
+
+
+def test_batch_norm_folds_into_the_weights_in_eval():
+    problem = Problem([*PROBLEMS["bottleneck and dilation"].kernels], {"norm": "batch", "mix": "gate"})
+    wanted = problem.layer("reference").eval()
+    folded = problem.layer("aten").eval()
+    inputs = problem.inputs(wanted)
+    for a, b in zip(problem.call(wanted, **inputs), problem.call(folded, **inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert folded.last_backend == "aten"
+
+
+@pytest.mark.parametrize("backend", ["reference", *backends_here()])
+@pytest.mark.parametrize("keep_state", [False, True])
+def test_only_what_is_asked_for_gets_a_gradient(backend, keep_state):
+    problem = Problem(options={"peephole": "channel"}, state=keep_state)
+    layer = problem.layer(backend)
+    inputs = problem.inputs(layer)
+    tensors = inputs | dict(layer.named_parameters())
+    for name in tensors:
+        for other, t in tensors.items():
+            t.grad = None
+            t.requires_grad_(other == name)
+        output, _, c_n = problem.call(layer, **inputs)
+        (output.sum() + c_n.sum()).backward()
+        assert [other for other, t in tensors.items() if t.grad is not None] == [name]
+
+
+@pytest.mark.parametrize("backend", backends_here())
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_retained_graph_gives_the_same_gradients_again(backend, recompute):
+    problem = Problem(options={"recompute": recompute, "peephole": "channel"})
+    layer = problem.layer(backend)
+    inputs = problem.inputs(layer)
+    outputs = problem.call(layer, **inputs)
+    wanted = (*inputs.values(), *layer.parameters())
+    first = torch.autograd.grad([y.sum() for y in outputs], wanted, retain_graph=True)
+    second = torch.autograd.grad([y.sum() for y in outputs], wanted)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_each_output_alone_has_gradients(output):
+    problem = PROBLEMS["lengths"]
+    grads = []
+    for backend in ("reference", "aten"):
+        layer = problem.layer(backend)
+        inputs = problem.inputs(layer)
+        y = problem.call(layer, **inputs)[output]
+        grads.append(torch.autograd.grad(y.sin().sum(), (*inputs.values(), *layer.parameters())))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_an_input_changed_before_backward_is_an_error():
+    for frozen in (False, True):
+        layer = MKConvLSTM(2, {3: 2}, backend="aten", recompute=True)
+        layer.cells[0].input_transition.requires_grad_(not frozen)
+        x = torch.randn(1, 2, 2, 4, 4)
+        output, _ = layer(x)
+        x.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+def test_recompute_keeps_h_and_c_alone():
+    from mkconvlstm_cuda.bench.measure import kept_bytes
+
+    x = torch.randn(2, 6, 3, 8, 8)
+    for dtype, bytes_each in ((torch.float32, 4), (torch.bfloat16, 2)):
+        layer = MKConvLSTM(3, {3: 8, 5: 8}, recompute=True, backend="aten", dtype=dtype)
+        h_and_c = 2 * bytes_each * 2 * 6 * 16 * 8 * 8
+        assert kept_bytes(layer, x.to(dtype).requires_grad_()) <= h_and_c + 1024
+        layer.recompute = False
+        assert kept_bytes(layer, x.to(dtype).requires_grad_()) >= 2 * h_and_c
+
+
+def test_operation_passes_opcheck():
+    z = torch.randn(2, 3, 8, 4, 5)
+    hidden = [torch.randn(8, 2, 3, 3), None, None, None, None, None]
+    h_0, c_0 = torch.randn(2, 2, 4, 5), torch.randn(2, 2, 4, 5)
+    for keep in (True, False):
+        args = (z, hidden, [1, 1], False, h_0, c_0, None, "previous", keep, "aten")
+        torch.library.opcheck(torch.ops.mkconvlstm.sequence_forward, args)
+    gates, h, c = torch.rand(2, 3, 8, 4, 5), torch.randn(2, 3, 2, 4, 5), torch.randn(2, 3, 2, 4, 5)
+    args = (gates, h, c, hidden, [1, 1], False, h_0, c_0, None, "previous", torch.randn_like(h), c_0, None, "aten")
+    torch.library.opcheck(torch.ops.mkconvlstm.sequence_backward, args)
+
+
+def test_every_backend_is_listed_and_gives_reasons():
+    for backend in dispatch.BACKENDS.values():
+        reason = backend.available()
+        assert reason is None or (isinstance(reason, str) and len(reason) > 10)
+    with pytest.raises(ValueError, match="backend: got 'cudnn', wanted one of 'auto'"):
+        MKConvLSTM(1, {3: 1}, backend="cudnn")

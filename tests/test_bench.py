@@ -1,0 +1,104 @@
+"""The benchmark tells the truth: it checks before it times, counts what it says, and its committed report is current."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mkconvlstm_cuda import MKConvLSTM
+from mkconvlstm_cuda.bench import measure, report
+from mkconvlstm_cuda.bench.peers import BatchedInputLoop, UsualLoop
+from mkconvlstm_cuda.bench.timing import take_turns
+from mkconvlstm_cuda.bench.workloads import WORKLOADS, Workload
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = Workload("tiny", 2, 3, 4, 6, 5, {3: 4, 5: 4}, "tests")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("peer", [UsualLoop, BatchedInputLoop])
+def test_peers_compute_what_the_layer_does(peer):
+    torch.manual_seed(0)
+    layer = MKConvLSTM(4, {3: 3, 5: 2}, dtype=torch.float64, backend="reference")
+    x = torch.randn(TINY.shape, dtype=torch.float64)
+    torch.testing.assert_close(peer(layer)(x), layer(x)[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop"),
+    [("paper_mk35", 1048), ("paper_3", 555), ("paper_5", 1541), ("ucf_mk35", 6988), ("mnist_57", 223),
+     ("radar_35", 616), ("small_35", 22.8)],
+)  # fmt: skip
+def test_operations_are_counted_as_published(name, gflop):
+    assert WORKLOADS[name].forward_flops / 1e9 == pytest.approx(gflop, rel=3e-3)
+
+
+def test_operations_agree_with_torchs_own_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = MKConvLSTM(TINY.channels, TINY.kernels)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        UsualLoop(layer)(torch.randn(TINY.shape))
+    assert counter.get_total_flops() == TINY.forward_flops
+
+
+def test_nothing_wrong_is_timed(monkeypatch):
+    class Wrong(UsualLoop):
+        def forward(self, x):
+            return super().forward(x) * 1.01
+
+    monkeypatch.setitem(measure.PEERS, "wrong", Wrong)
+    with pytest.raises(RuntimeError, match="wrong is .* away from float64"):
+        measure.run_workload(TINY, CPU, torch.float32, 1.0, 0.01, lambda line: None)
+
+
+def test_a_record_adds_up():
+    records = {r.contestant: r for r in measure.run_workload(TINY, CPU, torch.float32, 2.0, 0.05, lambda line: None)}
+    r = records["ours, aten"]
+    assert r.training_tflops == pytest.approx(3 * TINY.forward_flops / r.training_ms / 1e9)
+    assert r.share_of_peak == pytest.approx(r.training_tflops / 2.0)
+    h_and_c = 2 * 4 * 2 * 3 * 8 * 30
+    assert records["ours, aten, recompute"].kept_mib * 2**20 == pytest.approx(h_and_c, abs=512)
+    assert records["usual loop"].kept_mib > records["ours, aten"].kept_mib
+
+
+def test_contestants_take_turns():
+    order = []
+    timings = take_turns({n: lambda n=n: order.append(n) for n in "abc"}, CPU, seconds=0, min_rounds=3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert all(len(t.runs) == 3 and t.median >= 0 for t in timings.values())
+
+
+def test_hash_follows_the_kernels(tmp_path):
+    for folder in ("csrc", "triton_kernels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "csrc" / "a.cu").write_text("1")
+    first = measure.kernels_hash(tmp_path)
+    (tmp_path / "csrc" / "notes.txt").write_text("no source")
+    assert measure.kernels_hash(tmp_path) == first
+    (tmp_path / "csrc" / "a.cu").write_text("2")
+    assert measure.kernels_hash(tmp_path) != first
+    assert measure.kernels_hash(tmp_path / "csrc") is None
+
+
+def test_committed_reports_belong_to_this_code():
+    reports = sorted((ROOT / "bench" / "reports").glob("*.json"))
+    assert reports
+    for path in reports:
+        if reason := report.stale(path, measure.kernels_hash()):
+            warnings.warn(reason, stacklevel=1)
+
+
+def test_readme_shows_the_table_of_the_committed_report():
+    readme = (ROOT / "README.md").read_text()
+    table = (ROOT / "bench" / "reports" / "cpu.md").read_text()
+    assert table.strip() in readme
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})

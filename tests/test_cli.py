@@ -1,0 +1,87 @@
+"""The command line, as a user types it."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from mkconvlstm_cuda import cli, dispatch
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr(cli.console, "_width", 200)
+
+
+def run(*args: str, code: int = 0) -> str:
+    result = CliRunner().invoke(cli.app, list(args))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_info_says_what_can_run_and_why_not():
+    output = run("info")
+    for backend in dispatch.BACKENDS.values():
+        (line,) = [row for row in output.splitlines() if re.match(rf"\W+{backend.name}\W", row)]
+        assert (backend.available() or "yes")[:40] in line
+
+
+def test_info_shows_a_plan():
+    assert "vector_width" in run("info", "--plan", "10,256,14,14", "--dtype", "bfloat16")
+    assert "wanted four sizes" in run("info", "--plan", "10,256", code=2)
+
+
+def test_check_passes_here():
+    output = run("check", "--device", "cpu", "--dtype", "float64", "--dtype", "bfloat16")
+    assert " 0 failed" in output
+    assert re.search(r"aten\W+float64\W+gradcheck", output)
+
+
+def test_check_fails_when_a_backend_is_wrong(monkeypatch):
+    """The check is able to fail: an aten whose forget gate is a little off is found out."""
+    aten = dispatch.BACKENDS["aten"]
+
+    def wrong(z, *args):
+        z[:, :, 1] += 1e-3
+        return aten.forward(z, *args)
+
+    broken = {
+        **dispatch.BACKENDS,
+        "aten": dispatch.Backend("aten", aten.available, aten.supports, wrong, aten.backward),
+    }
+    monkeypatch.setattr(dispatch, "BACKENDS", broken)
+    monkeypatch.setattr("mkconvlstm_cuda.ops.BACKENDS", broken)
+    output = run("check", "--device", "cpu", "--dtype", "float64", code=1)
+    assert "failed: aten, float64, two kernel sizes" in output
+
+
+def test_bench_writes_a_report(tmp_path):
+    assert "paper_mk35" in run("bench", "--list")
+    output = run(
+        "bench", "tiny", "--dtype", "float32", "--seconds", "0.1", "--output", str(tmp_path), "--device", "cpu", code=2
+    )
+    assert "no workload tiny" in output
+    run("bench", "cpu_mnist_57", "--dtype", "float32", "--seconds", "0.1", "--output", str(tmp_path), "--device", "cpu")
+    results = json.loads((tmp_path / "cpu.json").read_text())
+    assert {r["contestant"] for r in results["records"]} >= {"usual loop", "ours, aten", "ours, aten, recompute"}
+    assert (tmp_path / "cpu.png").stat().st_size > 10_000
+    assert (tmp_path / "cpu.md").read_text().count("cpu_mnist_57") == len(results["records"])
+
+
+def test_forecast_writes_everything_and_resumes(tmp_path):
+    folder = str(tmp_path / "run")
+    output = run("forecast", "--steps", "2", "--output", folder, "--channels", "2", "--device", "cpu")
+    assert "error over that of copying" in output
+    for name in ("forecast.png", "forecast.gif", "metrics.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 500
+    run("forecast", "--steps", "3", "--output", folder, "--channels", "2", "--device", "cpu", "--resume")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["training"]["steps"] == 3
+    output = run(
+        "forecast", "--steps", "3", "--output", folder, "--channels", "3", "--device", "cpu", "--resume", code=2
+    )
+    assert "resume" in output
+
+
+def test_a_device_that_is_not_there_is_an_error():
+    assert "device 'cuda:99'" in run("check", "--device", "cuda:99", code=2)

@@ -1,0 +1,166 @@
+"""Bad calls: each is a clear error that names the argument, and the layer works as before afterwards."""
+
+import pytest
+import torch
+
+from mkconvlstm_cuda import Branch, FlowAttention, MKConvLSTM, MKConvLSTMCell, functional, inception_branches
+
+X = torch.randn(2, 3, 4, 6, 5)
+STATE = torch.randn(1, 2, 5, 6, 5)
+INTEGERS = torch.ones(2, 3, 4, 6, 5, dtype=torch.int64)
+
+# what: (error, words of the message, constructor arguments)
+CONSTRUCTION = {
+    "in_channels 0": (ValueError, "in_channels: got 0", (0, {3: 2}), {}),
+    "in_channels float": (ValueError, "in_channels: got 2.0", (2.0, {3: 2}), {}),
+    "even kernel": (ValueError, "kernels: got kernel size 4x4, wanted odd", (4, {4: 2}), {}),
+    "even side": (ValueError, "kernels: got kernel size 3x2", (4, {(3, 2): 2}), {}),
+    "kernel 0": (ValueError, "kernels: got kernel size 0x0", (4, {0: 2}), {}),
+    "no kernels": (ValueError, "kernels: got no branch", (4, {}), {}),
+    "no branches": (ValueError, "kernels: got no branch", (4, []), {}),
+    "kernels an int": (TypeError, "kernels: got 3", (4, 3), {}),
+    "kernel size a string": (TypeError, "kernel size: got '3'", (4, {"3": 2}), {}),
+    "three sides": (TypeError, "kernel size: got", (4, {(3, 3, 3): 2}), {}),
+    "no channels": (ValueError, "kernels: got channels 0", (4, {3: 0}), {}),
+    "hidden kernels' channels": (ValueError, "hidden_kernels: got 6 channels in all", (4, {3: 5}, {5: 6}), {}),
+    "even hidden kernel": (ValueError, "got kernel size 2x2", (4, {3: 5}, {2: 5}), {}),
+    "mix": (ValueError, "mix: got 'all'", (4, {3: 5}), {"mix": "all"}),
+    "mix_activation": (ValueError, "mix_activation: got 'relu'", (4, {3: 5}), {"mix": "full", "mix_activation": "relu"}),
+    "activation without mix": (ValueError, "mix_activation: got 'tanh' without", (4, {3: 5}), {"mix_activation": "tanh"}),
+    "norm": (ValueError, "norm: got 'instance'", (4, {3: 5}), {"norm": "instance"}),
+    "peephole": (ValueError, "peephole: got 'all'", (4, {3: 5}), {"peephole": "all"}),
+    "output_peephole": (ValueError, "output_peephole: got 'next'", (4, {3: 5}), {"output_peephole": "next"}),
+    "pixel peephole without size": (ValueError, "image_size: got None", (4, {3: 5}), {"peephole": "pixel"}),
+    "attention": (TypeError, "attention: got int", (4, {3: 5}), {"attention": 2}),
+    "attention branch": (ValueError, r"attention.branches: got \(7, 7\)", (4, {3: 5}), {"attention": FlowAttention(2, (7,))}),
+    "num_layers": (ValueError, "num_layers: got 0", (4, {3: 5}), {"num_layers": 0}),
+    "dropout": (ValueError, "dropout: got 1.5", (4, {3: 5}), {"dropout": 1.5}),
+    "backend": (ValueError, "backend: got 'gpu', wanted one of", (4, {3: 5}), {"backend": "gpu"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION)
+def test_bad_construction(case):
+    error, words, args, options = CONSTRUCTION[case]
+    with pytest.raises(error, match=words):
+        MKConvLSTM(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Branch(3, 2, bottleneck=0), ValueError, "bottleneck 0"),
+        (lambda: Branch(3, 2, dilation=0), ValueError, "dilation 0"),
+        (lambda: FlowAttention(0), ValueError, "flow_channels: got 0"),
+        (lambda: FlowAttention(2, mask_channels=3), ValueError, "mask_channels: got 3"),
+        (lambda: FlowAttention(2, kernel_size=2), ValueError, "kernel_size: got 2"),
+        (lambda: FlowAttention(2, network=torch.sigmoid), TypeError, "network: got"),
+        (lambda: inception_branches(3), ValueError, "channels: got 3"),
+        (lambda: MKConvLSTMCell(4, {3: 2}, backend="x"), ValueError, "backend: got 'x'"),
+    ],
+)
+def test_bad_parts(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+# what: (error, words, layer options, call arguments)
+CALLS = {
+    "a list": (TypeError, "x: got list, wanted a torch.Tensor", {}, ([1.0],), {}),
+    "no time": (ValueError, r"x: got shape \[2, 4, 6, 5\], wanted .* \(5 dimensions\)", {}, (X[:, 0],), {}),
+    "no batch": (ValueError, "x: got shape", {}, (X[0],), {}),
+    "channels": (ValueError, r"x: got shape \[2, 3, 3, 6, 5\], wanted \[B, T, C=4, H, W\]", {}, (X[:, :, :3],), {}),
+    "integers": (TypeError, "x: got dtype torch.int64", {}, (INTEGERS,), {}),
+    "double": (TypeError, "x: got dtype torch.float64, wanted that of the weights, torch.float32", {}, (X.double(),), {}),
+    "half": (TypeError, "x: got dtype torch.float16", {}, (X.half(),), {}),
+    "device": (ValueError, "x: got device meta, wanted that of the weights, cpu", {}, (X.to("meta"),), {}),
+    "no steps": (ValueError, "x: got shape .* with T at least 1", {}, (X[:, :0],), {}),
+    "no rows": (ValueError, "with H at least 1", {}, (X[..., :0, :],), {}),
+    "state a tensor": (TypeError, "state: got Tensor, wanted a pair", {}, (X, STATE), {}),
+    "state of one": (TypeError, "state: got tuple, wanted a pair", {}, (X, (STATE,)), {}),
+    "state of None": (TypeError, "h_0.*got NoneType", {}, (X, (None, STATE)), {}),
+    "h_0 batch": (ValueError, r"state\[0\] \(h_0\): got shape .*B=2", {}, (X, (STATE[:, :1], STATE)), {}),
+    "c_0 channels": (ValueError, r"state\[1\] \(c_0\): got shape .*F=5", {}, (X, (STATE, STATE[:, :, :4])), {}),
+    "state layers": (ValueError, "L=2", {"num_layers": 2}, (X, (STATE, STATE)), {}),
+    "state rank": (ValueError, r"\(5 dimensions\)", {}, (X, (STATE[0], STATE[0])), {}),
+    "state image": (ValueError, "W=5", {}, (X, (STATE, STATE[..., :4])), {}),
+    "h_0 dtype": (TypeError, r"state\[0\] \(h_0\): got dtype torch.float64", {}, (X, (STATE.double(), STATE)), {}),
+    "c_0 integers": (TypeError, r"state\[1\] \(c_0\): got dtype torch.int64", {}, (X, (STATE, STATE.long())), {}),
+    "c_0 device": (ValueError, r"state\[1\] \(c_0\): got device meta", {}, (X, (STATE, STATE.to("meta"))), {}),
+    "flow not asked for": (ValueError, "flow: got a tensor, wanted None", {}, (X,), {"flow": X[:, :, :2]}),
+    "flow missing": (ValueError, "flow: got None", {"attention": FlowAttention(2)}, (X,), {}),
+    "flow channels": (ValueError, "flow: got shape .*flow_channels=2", {"attention": FlowAttention(2)}, (X,), {"flow": X}),
+    "flow image": (ValueError, "flow: got shape .*H=6", {"attention": FlowAttention(2)}, (X,), {"flow": X[:, :, :2, :5]}),
+    "flow steps": (ValueError, "flow: got shape .*T=3", {"attention": FlowAttention(2)}, (X,), {"flow": X[:, :2, :2]}),
+    "flow a list": (TypeError, "flow: got list", {"attention": FlowAttention(2)}, (X,), {"flow": [1]}),
+    "lengths too long": (ValueError, r"lengths: got \[1, 4\], wanted all in 1..T=3", {}, (X,), {"lengths": torch.tensor([1, 4])}),
+    "lengths 0": (ValueError, "lengths: got", {}, (X,), {"lengths": torch.tensor([0, 3])}),
+    "lengths shape": (ValueError, r"lengths: got shape \[1\], wanted \[B=2\]", {}, (X,), {"lengths": torch.tensor([2])}),
+    "lengths floats": (TypeError, "lengths: got dtype torch.float32", {}, (X,), {"lengths": torch.tensor([1.0, 2.0])}),
+    "lengths an int": (TypeError, "lengths: got int", {}, (X,), {"lengths": 3}),
+    "peephole image": (ValueError, r"peephole: got image size \(5, 6\)", {"peephole": "pixel", "image_size": (5, 6)}, (X,), {}),
+    "named backend": (ValueError, "backend: 'aten' cannot serve this call: .*layer norm", {"norm": "layer", "backend": "aten"}, (X,), {}),
+    "named backend's device": (ValueError, "backend: 'cuda' cannot serve this call: ", {"backend": "cuda"}, (X,), {}),
+}  # fmt: skip
+if torch.cuda.is_available():
+    del CALLS["named backend's device"]  # its reason depends on the machine; test_gate_step has the GPU's
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_bad_calls(case):
+    error, words, options, args, named = CALLS[case]
+    torch.manual_seed(0)
+    layer = MKConvLSTM(4, {3: 2, 5: 3}, **options)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    with pytest.raises(error, match=words):
+        layer(*args, **named)
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+    if "named backend" not in case and "peephole" not in case:
+        layer(X, flow=X[:, :, :2] if "attention" in options else None)
+
+
+def test_bad_calls_of_step_and_cell():
+    layer = MKConvLSTM(4, {3: 2}, bidirectional=True)
+    with pytest.raises(ValueError, match="step: got a bidirectional layer"):
+        layer.step(X[:, 0])
+    layer = MKConvLSTM(4, {3: 2})
+    with pytest.raises(ValueError, match=r"x_t: got shape .* \(4 dimensions\)"):
+        layer.step(X)
+    cell = MKConvLSTMCell(4, {3: 2})
+    with pytest.raises(ValueError, match="x_t: got shape"):
+        cell(X)
+    with pytest.raises(ValueError, match=r"h_0.*F=2"):
+        cell(X[:, 0], (X[:, 0], X[:, 0]))
+
+
+def test_attention_network_of_wrong_size():
+    attention = FlowAttention(2, network=torch.nn.Conv2d(2, 3, 1))
+    layer = MKConvLSTM(4, {3: 2}, attention=attention)
+    with pytest.raises(ValueError, match=r"attention.network: got output shape \[6, 3, 6, 5\], wanted \[6, 4, 6, 5\]"):
+        layer(X, flow=X[:, :, :2])
+
+
+W_X, W_H = torch.randn(20, 4, 3, 3), torch.randn(20, 5, 3, 3)
+FUNCTIONAL = {
+    "no weights": (TypeError, "input_weights: got list, wanted a non-empty list", (X, [], [W_H]), {}),
+    "a tensor": (TypeError, "input_weights: got Tensor", (X, W_X, [W_H]), {}),
+    "input channels": (ValueError, r"input_weights\[0\]: got shape", (X, [W_X[:, :3]], [W_H]), {}),
+    "hidden channels": (ValueError, r"hidden_weights\[0\]: got shape .*C=5", (X, [W_X], [W_H[:, :4]]), {}),
+    "rows": (ValueError, r"input_weights\[0\]: got 18 rows", (X, [W_X[:18]], [W_H]), {}),
+    "hidden sum": (ValueError, "hidden_weights: got 10 hidden channels", (X, [W_X], [W_H, W_H]), {}),
+    "even kernel": (ValueError, r"input_weights\[0\]: got kernel size 2x3", (X, [W_X[:, :, :2]], [W_H]), {}),
+    "bias": (ValueError, r"bias: got shape \[19\], wanted \[4F=20\]", (X, [W_X], [W_H], torch.randn(19)), {}),
+    "bias dtype": (TypeError, "dtype", (X, [W_X], [W_H], torch.randn(20).double()), {}),
+    "peephole": (ValueError, "peephole: got image size", (X, [W_X], [W_H]), {"peephole": torch.randn(3, 5, 2, 2)}),
+    "peephole rows": (ValueError, "peephole: got shape", (X, [W_X], [W_H]), {"peephole": torch.randn(2, 5, 1, 1)}),
+    "output_peephole": (ValueError, "output_peephole: got 'c'", (X, [W_X], [W_H]), {"output_peephole": "c"}),
+    "state": (ValueError, r"h_0.*F=5", (X, [W_X], [W_H]), {"state": (X[:, 0], X[:, 0])}),
+    "backend": (ValueError, "backend: got 'x'", (X, [W_X], [W_H]), {"backend": "x"}),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONAL)
+def test_bad_functional_calls(case):
+    error, words, args, named = FUNCTIONAL[case]
+    with pytest.raises(error, match=words):
+        functional.mkconvlstm(*args, **named)

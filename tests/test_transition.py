@@ -1,0 +1,119 @@
+"""Transitions: what the paper's figures and Table III say of them."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mkconvlstm_cuda import Branch, MKConvLSTM, Transition, inception_branches
+from mkconvlstm_cuda.convolution import deinterleave, interleave
+from mkconvlstm_cuda.transition import parse_branches
+
+# The paper's Table III, 512 input channels: input-to-hidden weights and biases.
+TABLE_III = [
+    ({3: 256}, None, 4_718_592),
+    ({5: 256}, None, 13_107_200),
+    ({7: 256}, None, 25_690_112),
+    ({3: 128, 5: 128}, None, 8_912_896),
+    ({3: 128, 5: 128}, "gate", 9_175_040),
+]
+
+
+@pytest.mark.parametrize(("kernels", "mix", "weights"), TABLE_III)
+def test_parameter_counts_of_table_iii(kernels, mix, weights):
+    layer = MKConvLSTM(512, kernels, mix=mix, device="meta")
+    assert sum(p.numel() for p in layer.cells[0].input_transition.parameters()) == weights
+    assert layer.cells[0].bias.numel() == 1024
+
+
+def test_interleaving_gives_every_gate_a_share_of_every_branch():
+    """Fig. 4b: branch 0's channels first within each gate, then branch 1's."""
+    a = torch.arange(8.0).view(1, 8, 1, 1)  # 4 gates x 2 channels
+    b = 100 + torch.arange(12.0).view(1, 12, 1, 1)  # 4 gates x 3 channels
+    z = interleave([a, b])
+    wanted = [[0, 1, 100, 101, 102], [2, 3, 103, 104, 105], [4, 5, 106, 107, 108], [6, 7, 109, 110, 111]]
+    assert z.view(4, 5).tolist() == wanted
+    for part, original in zip(deinterleave(z, [2, 3]), (a, b), strict=True):
+        assert torch.equal(part, original)
+
+
+@pytest.mark.parametrize(("mix", "shape"), [("gate", (20, 5, 1, 1)), ("full", (20, 20, 1, 1))])
+def test_mix_is_a_1x1_convolution_of_the_interleaved_branches(mix, shape):
+    transition = Transition(3, parse_branches("kernels", {3: 2, 5: 3}), mix, "tanh")
+    assert transition.mix.weight.shape == shape
+    x = torch.randn(2, 3, 6, 6)
+    outputs = [F.conv2d(x, b.conv.weight, padding=b.conv.kernel_size[0] // 2) for b in transition.branches]
+    gates = [torch.cat([o.view(2, 4, -1, 6, 6)[:, g] for o in outputs], 1).tanh() for g in range(4)]
+    if mix == "full":
+        wanted = torch.einsum("oi,nihw->nohw", transition.mix.weight[:, :, 0, 0], torch.cat(gates, 1))
+    else:
+        weights = transition.mix.weight[:, :, 0, 0].view(4, 5, 5)
+        wanted = torch.cat([torch.einsum("oi,nihw->nohw", w, v) for w, v in zip(weights, gates, strict=True)], 1)
+    torch.testing.assert_close(transition(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_inception_is_fig_9b():
+    """1x1; 1x1 -> 3x3; 1x1 -> 5x5; 3x3 max-pool -> 1x1; batch norm on every convolution."""
+    branches = inception_branches(256)
+    assert [b.kernel_size for b in branches] == [1, 3, 5, 1]
+    assert [b.channels for b in branches] == [64] * 4
+    assert [bool(b.bottleneck) for b in branches] == [False, True, True, False]
+    assert [b.pool for b in branches] == [False, False, False, True]
+    assert sum(b.channels for b in inception_branches(10)) == 10
+    transition = MKConvLSTM(8, inception_branches(8), norm="batch").cells[0].input_transition
+    convolutions = [m for m in transition.modules() if isinstance(m, torch.nn.Conv2d)]
+    norms = [m for m in transition.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert [n.num_features for n in norms] == [c.out_channels for c in convolutions] or len(norms) == len(convolutions)
+    x = torch.randn(2, 8, 5, 5)
+    pooled = transition.branches[3]
+    wanted = pooled.norm(pooled.conv(F.max_pool2d(x, 3, 1, 1)))
+    torch.testing.assert_close(transition(x)[:, 6:8], wanted[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("norm", "channels", "groups"), [("layer", 64, 1), ("group", 64, 8), ("group", 96, 12), ("group", 10, 4)]
+)
+def test_group_and_layer_norm_groups(norm, channels, groups):
+    layer = MKConvLSTM(2, {3: channels}, norm=norm)
+    assert layer.cells[0].input_transition.branches[0].norm.num_groups == groups
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_batch_norm_statistics_move_once_a_pass(recompute):
+    """Input statistics once over B and T; hidden ones at each step; recomputation in backward leaves them alone."""
+    layer = MKConvLSTM(2, {3: 2}, {1: 2}, norm="batch", recompute=recompute)
+    x_norm = layer.cells[0].input_transition.branches[0].norm
+    h_norm = layer.cells[0].hidden_transition.branches[0].norm
+    output, _ = layer(torch.randn(2, 5, 2, 4, 4))
+    output.sum().backward()
+    assert x_norm.num_batches_tracked == 1
+    assert h_norm.num_batches_tracked == 5
+    before = x_norm.running_mean.clone()
+    layer.eval()
+    layer(torch.randn(2, 5, 2, 4, 4))
+    assert torch.equal(x_norm.running_mean, before)
+
+
+def test_batch_norm_of_the_input_alone_is_recomputed_without_moving_its_statistics():
+    """Live input transition, weights-only hidden one: the recomputing backend runs, and statistics move once."""
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layer = MKConvLSTM(2, {3: 2}, norm="batch", recompute=recompute, backend="aten", dtype=torch.float64)
+        cell = layer.cells[0]
+        cell.hidden_transition = Transition(2, parse_branches("hidden_kernels", {3: 2}), dtype=torch.float64)
+        output, _ = layer(torch.randn(2, 3, 2, 4, 4, dtype=torch.float64))
+        output.sin().sum().backward()
+        norm = cell.input_transition.branches[0].norm
+        assert norm.num_batches_tracked == 1
+        assert norm.track_running_stats
+        results.append([p.grad for p in layer.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_dilation_reaches_further():
+    layer = MKConvLSTM(1, [Branch(3, 1, dilation=2)], {1: 1}, bias=False)
+    x = torch.zeros(1, 1, 1, 7, 7)
+    x[..., 3, 3] = 1
+    touched = layer(x)[0][0, 0, 0].nonzero().tolist()
+    assert touched == [[y, x] for y in (1, 3, 5) for x in (1, 3, 5)]

@@ -48,7 +48,8 @@ def markdown(results: dict) -> str:
     where = f"{results['device']}" + (f", {results['threads']} threads" if results["device_type"] == "cpu" else "")
     lines += [
         "",
-        f"{where}; torch {results['torch']}; peak rate {rates} (a large matrix product or convolution); medians, by turns in one run.",
+        f"{where}; torch {results['torch']}; medians, by turns in one run. "
+        f"Peak rate: {rates} (the better of a large matrix product and a large convolution).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -138,7 +138,8 @@ def gate_step_backward(
     """
     sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
     gates = gates.unflatten(1, (4, -1))
-    i, f, g, o = gates.to(c.dtype).unbind(1)
+    a = gates.to(c.dtype)
+    i, f, g, o = a.unbind(1)
     terms = [channels_last(d).to(c.dtype) for d in (dh, dh_prev) if d is not None]
     dh = sum(terms) if terms else torch.zeros_like(c)
     tanh_c = c.tanh()
@@ -146,14 +147,19 @@ def gate_step_backward(
     dc = dc + tanh_backward(dh * o, tanh_c)
     if peephole is not None and output_peephole == "current":
         dc = dc + peephole[2] * dz_o
-    dz_i, dz_f, dz_g = sigmoid_backward(dc * g, i), sigmoid_backward(dc * c_prev, f), tanh_backward(dc * i, g)
+    batch, hidden, height, width = c.shape
+    dz = c.new_empty((batch, height, width, 4, hidden)).permute(0, 3, 4, 1, 2)
+    torch.mul(dc, g, out=dz[:, 0])
+    torch.mul(dc, c_prev, out=dz[:, 1])
+    dz[:, :2] = sigmoid_backward(dz[:, :2], a[:, :2])
+    dz[:, 2] = tanh_backward(dc * i, g)
+    dz[:, 3] = dz_o
     dc_prev = dc * f
     if peephole is not None:
-        dc_prev = dc_prev + peephole[0] * dz_i + peephole[1] * dz_f
+        dc_prev = dc_prev + peephole[0] * dz[:, 0] + peephole[1] * dz[:, 1]
         if output_peephole == "previous":
             dc_prev = dc_prev + peephole[2] * dz_o
-    for gate, dz in zip(gates.unbind(1), (dz_i, dz_f, dz_g, dz_o), strict=True):
-        gate.copy_(dz)
+    gates.copy_(dz)
     return dc_prev
 
 

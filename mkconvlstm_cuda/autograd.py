@@ -13,11 +13,10 @@ from . import aten, ops, reference
 from .convolution import (
     TransitionWeights,
     channels_last,
-    input_gradient,
+    gradients,
     mix_forward,
     premix,
     transition_forward,
-    weight_gradients,
 )
 
 
@@ -40,14 +39,10 @@ class TransitionFunction(Function):
         x, v, *tensors = ctx.saved_tensors
         w = TransitionWeights.from_tensors(tensors, ctx.dilations, ctx.mix_tanh).channels_last()
         dz, images = channels_last(dz), channels_last(x.to(ctx.dtype))
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         if torch.is_grad_enabled():
             v = None  # a double backward has to see how it depends on x
-        if v is None and w.mix_tanh and (needs_x or any(needs)):
-            v = premix(images, w)
-        grads = weight_gradients(images, dz, w, needs, v)
-        del images
-        dx = input_gradient(dz, w, v).to(x.dtype) if needs_x else None
+        dx, grads = gradients(images, dz, w, ctx.needs_input_grad[5:], ctx.needs_input_grad[0], v)
+        dx = None if dx is None else dx.to(x.dtype)
         return dx, None, None, None, None, *grads
 
 
@@ -118,7 +113,9 @@ class SequenceFunction(Function):
         _, needs_z, needs_h_0, needs_c_0, needs_peephole, _, *needs_hidden = ctx.needs_input_grad
         grads = [None] * len(hidden)
         if any(needs_hidden):
-            grads = weight_gradients(aten.previous(h, h_0).flatten(0, 1), dz.flatten(0, 1), w, needs_hidden)
+            first = 1 if h_0 is None and h.shape[1] > 1 and not w.has_bias else 0  # h_{-1} = 0 has nothing to add
+            seen = aten.previous(h[:, first:], h[:, 0] if first else h_0)
+            _, grads = gradients(seen.flatten(0, 1), dz[:, first:], w, needs_hidden)
         return (
             None,
             dz if needs_z else None,

@@ -122,11 +122,11 @@ def interleave(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def deinterleave(z: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Inverse of :func:`interleave`: [N, 4F, H, W] -> [N, 4*F_r, H, W] for each of ``sizes``."""
+    """Inverse of :func:`interleave`: [..., 4F, H, W] -> [..., 4*F_r, H, W] for each of ``sizes``."""
     if len(sizes) == 1:
         return [z]
-    parts = z.permute(0, 2, 3, 1).unflatten(-1, (4, -1)).split(list(sizes), dim=-1)
-    return [p.flatten(-2).permute(0, 3, 1, 2) for p in parts]
+    parts = z.movedim(-3, -1).unflatten(-1, (4, -1)).split(list(sizes), dim=-1)
+    return [p.flatten(-2).movedim(-1, -3) for p in parts]
 
 
 def branch_forward(x: Tensor, b: BranchWeights) -> Tensor:
@@ -166,50 +166,62 @@ def branch_gradient(dy: Tensor, b: BranchWeights) -> Tensor:
     return conv2d_input(size, b.weight, channels_last(dy), padding=b.padding, dilation=b.dilation)
 
 
-def input_gradient(du: Tensor, w: TransitionWeights, v: Tensor | None = None) -> Tensor:
-    """``du`` [N, 4F, H, W] -> ``dx`` [N, C, H, W]; ``v`` as in :func:`mix_input_gradient`."""
-    dx = None
-    for dy, b in zip(deinterleave(mix_input_gradient(du, w, v), w.sizes), w.branches, strict=True):
-        part = branch_gradient(dy, b)
-        if b.bottleneck is not None:
-            part = conv2d_input((part.shape[0], b.bottleneck.shape[1], *part.shape[2:]), b.bottleneck, part)
-        dx = part if dx is None else dx + part
-    return dx
+def gradients(
+    x: Tensor | None,
+    du: Tensor,
+    w: TransitionWeights,
+    needs: Sequence[bool],
+    needs_x: bool = False,
+    v: Tensor | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Backward of :func:`transition_forward` over all N images at once.
 
+    Args:
+        x: [N, C, H, W], the transition's input; None where only its own gradient is wanted.
+        du: [..., 4F, H, W], N images, the gradient of its output.
+        needs: which of :meth:`TransitionWeights.tensors` want a gradient; ``needs_x``: whether x does.
+        v: :func:`premix` of x, computed here where it is needed and not given.
 
-def weight_gradients(
-    x: Tensor, du: Tensor, w: TransitionWeights, needs: Sequence[bool], v: Tensor | None = None
-) -> list[Tensor | None]:
-    """Gradients of :meth:`TransitionWeights.tensors`, None where ``needs`` is False.
-
-    ``x`` [N, C, H, W] is the transition's input, ``du`` [N, 4F, H, W] its output's gradient, over all N at once;
-    ``v`` is :func:`premix` of x, computed here when it is needed and not given.
+    Returns:
+        dx [N, C, H, W] and the gradients of the tensors; None where none is needed.
     """
-    grads: list[Tensor | None] = [None] * len(needs)
-    if not any(needs):
-        return grads
+    dx, grads = None, [None] * len(needs)
+    if not (needs_x or any(needs)):
+        return dx, grads
     if w.mix is not None:
+        du = du.flatten(0, -4)
         if v is None and (needs[-2] or w.mix_tanh):
             v = premix(x, w)
         if needs[-2]:
             grads[-2] = conv2d_weight(v, w.mix.shape, du, groups=w.mix_groups)
         if needs[-1]:
             grads[-1] = du.sum((0, 2, 3))
-    if not any(needs[:-2]):
-        return grads
-    for r, (dy, b) in enumerate(zip(deinterleave(mix_input_gradient(du, w, v), w.sizes), w.branches, strict=True)):
+        if not (needs_x or any(needs[:-2])):
+            return dx, grads
+        du = mix_input_gradient(du, w, v)
+    for r, (dy, b) in enumerate(zip(deinterleave(du, w.sizes), w.branches, strict=True)):
         first = r * w.TENSORS_PER_BRANCH
         weight, bias, bottleneck, bottleneck_bias = needs[first : first + w.TENSORS_PER_BRANCH]
-        dy = channels_last(dy)
+        dy = channels_last(dy.flatten(0, -4))
         if weight:
             a = x if b.bottleneck is None else F.conv2d(x, b.bottleneck, b.bottleneck_bias)
             grads[first] = conv2d_weight(a, b.weight.shape, dy, padding=b.padding, dilation=b.dilation)
         if bias:
             grads[first + 1] = dy.sum((0, 2, 3))
-        if bottleneck or bottleneck_bias:
-            da = branch_gradient(dy, b)
-            if bottleneck:
-                grads[first + 2] = conv2d_weight(x, b.bottleneck.shape, da)
-            if bottleneck_bias:
-                grads[first + 3] = da.sum((0, 2, 3))
-    return grads
+        if not (needs_x or bottleneck or bottleneck_bias):
+            continue
+        da = branch_gradient(dy, b)
+        if bottleneck:
+            grads[first + 2] = conv2d_weight(x, b.bottleneck.shape, da)
+        if bottleneck_bias:
+            grads[first + 3] = da.sum((0, 2, 3))
+        if needs_x:
+            if b.bottleneck is not None:
+                da = conv2d_input((da.shape[0], b.bottleneck.shape[1], *da.shape[2:]), b.bottleneck, da)
+            dx = da if dx is None else dx + da
+    return dx, grads
+
+
+def input_gradient(du: Tensor, w: TransitionWeights, v: Tensor | None = None) -> Tensor:
+    """``du`` [N, 4F, H, W] -> ``dx`` [N, C, H, W]; ``v``, :func:`premix`'s value, is needed where there is a tanh."""
+    return gradients(None, du, w, [False] * (len(w.branches) * w.TENSORS_PER_BRANCH + 2), True, v)[0]

@@ -74,7 +74,7 @@ def sequence_backward(
     lengths: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Backward through all T steps; weight gradients are left to :func:`convolution.weight_gradients`.
+    """Backward through all T steps; weight gradients are left to :func:`convolution.gradients`.
 
     Args:
         gates: [B, T, 4F, H, W], activated; overwritten by the gradient of the pre-activations.

@@ -1,4 +1,4 @@
-"""The benchmark tells the truth: it checks before it times, counts what it says, and its committed report is current."""
+"""The benchmark tells the truth: it checks before it times, and counts what it says."""
 
 import re
 import warnings
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from mkconvlstm_cuda import MKConvLSTM
 from mkconvlstm_cuda.bench import measure, report
 from mkconvlstm_cuda.bench.peers import BatchedInputLoop, UsualLoop
 from mkconvlstm_cuda.bench.timing import take_turns
 from mkconvlstm_cuda.bench.workloads import WORKLOADS, Workload
+
+from mkconvlstm_cuda import MKConvLSTM
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Workload("tiny", 2, 3, 4, 6, 5, {3: 4, 5: 4}, "tests")
@@ -50,7 +50,7 @@ def test_nothing_wrong_is_timed(monkeypatch):
             return super().forward(x) * 1.01
 
     monkeypatch.setitem(measure.PEERS, "wrong", Wrong)
-    with pytest.raises(RuntimeError, match="wrong is .* away from float64"):
+    with pytest.raises(RuntimeError, match=r"wrong is .* away from float64"):
         measure.run_workload(TINY, CPU, torch.float32, 1.0, 0.01, lambda line: None)
 
 

@@ -1,0 +1,39 @@
+"""One branch's weights into the blocks that ``convolve.py`` reads."""
+
+import triton
+import triton.language as tl
+
+from .gates import round_to_tf32
+
+
+@triton.jit
+def pack_kernel(
+    weight_ptr,  # [4*F_r, F, kh*kw]
+    packed_ptr,  # [tiles, blocks of k, taps, BLOCK_N, BLOCK_K], written
+    taps,
+    groups_stride,  # elements of a tap from one group of CHANNELS columns to the next (forward: from gate to gate)
+    n_stride,  # from one column to the next
+    n_count,  # columns of a group
+    k_stride,
+    k_count,
+    blocks,
+    ROUND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHANNELS: tl.constexpr,  # columns of a group in one tile
+    ROWS: tl.constexpr,  # columns of a tile that one program packs
+):
+    """Program (tile * blocks + block, rows): all taps of ROWS x BLOCK_K weights, zeros where there are none."""
+    tile = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    column = tile * CHANNELS + n % CHANNELS
+    first = n // CHANNELS * groups_stride + column * n_stride
+    source = weight_ptr + (first[:, None] + (k * k_stride)[None, :]).to(tl.int64) * taps
+    mask = (column < n_count)[:, None] & (k < k_count)[None, :]
+    target = packed_ptr + tl.program_id(0).to(tl.int64) * taps * (BLOCK_N * BLOCK_K)
+    target += n[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    for tap in range(taps):
+        w = tl.load(source + tap, mask=mask, other=0.0)
+        tl.store(target + tap * (BLOCK_N * BLOCK_K), round_to_tf32(w) if ROUND else w)

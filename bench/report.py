@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .measure import BASELINE
+from .contestants import BASELINE
 
 COLUMNS = (
     "workload",
@@ -16,6 +16,7 @@ COLUMNS = (
     "speed-up",
     "of peak rate",
     "kept for backward, MiB",
+    "peak in training, MiB",
 )
 
 
@@ -35,6 +36,7 @@ def rows(results: dict) -> list[tuple[str, ...]]:
                 f"{b['forward_ms'] / r['forward_ms']:.2f} / {b['training_ms'] / r['training_ms']:.2f}",
                 f"{100 * r['share_of_peak']:.0f}%",
                 f"{r['kept_mib']:.1f}",
+                "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}",
             )
         )
     return table

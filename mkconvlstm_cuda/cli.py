@@ -132,6 +132,9 @@ def bench(
     dtype: Annotated[list[DType], typer.Option(help="May be given several times.")] = [DType.float32, DType.bfloat16],  # noqa: B006
     seconds: Annotated[float, typer.Option(help="For each workload, dtype and pass, all layers together.")] = 10.0,
     output: Annotated[Path, typer.Option(help="Folder for JSON, Markdown and PNG.")] = Path("bench-results"),
+    with_compile: Annotated[
+        bool, typer.Option("--compile", help="Also a peer under torch.compile; takes minutes to compile.")
+    ] = False,
     report: Annotated[bool, typer.Option("--report", help="Write to bench/reports, for committing.")] = False,
     list_workloads: Annotated[bool, typer.Option("--list", help="Only list the workloads.")] = False,
 ) -> None:
@@ -152,7 +155,9 @@ def bench(
     if unknown := [name for name in workloads if name not in WORKLOADS]:
         raise typer.BadParameter(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
     with console.status("") as status:
-        results = measure.run(workloads, target, [getattr(torch, d.value) for d in dtype], seconds, status.update)
+        results = measure.run(
+            workloads, target, [getattr(torch, d.value) for d in dtype], seconds, with_compile, status.update
+        )
     table = Table(*reports.COLUMNS)
     for row in reports.rows(results):
         table.add_row(*row)

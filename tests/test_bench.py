@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mkconvlstm_cuda.bench import measure, report
+from mkconvlstm_cuda.bench import contestants, machine, measure, report
 from mkconvlstm_cuda.bench.peers import BatchedInputLoop, UsualLoop
 from mkconvlstm_cuda.bench.timing import take_turns
 from mkconvlstm_cuda.bench.workloads import WORKLOADS, Workload
@@ -45,17 +45,17 @@ def test_operations_agree_with_torchs_own_counter():
 
 
 def test_nothing_wrong_is_timed(monkeypatch):
-    class Wrong(UsualLoop):
+    class Wrong(BatchedInputLoop):
         def forward(self, x):
             return super().forward(x) * 1.01
 
-    monkeypatch.setitem(measure.PEERS, "wrong", Wrong)
-    with pytest.raises(RuntimeError, match=r"wrong is .* away from float64"):
-        measure.run_workload(TINY, CPU, torch.float32, 1.0, 0.01, lambda line: None)
+    monkeypatch.setattr(contestants, "BatchedInputLoop", Wrong)
+    with pytest.raises(RuntimeError, match=r"loop, input batched, channels-last is .* away from float64"):
+        measure.run_workload(TINY, CPU, torch.float32, 1.0, 0.01)
 
 
 def test_a_record_adds_up():
-    records = {r.contestant: r for r in measure.run_workload(TINY, CPU, torch.float32, 2.0, 0.05, lambda line: None)}
+    records = {r.contestant: r for r in measure.run_workload(TINY, CPU, torch.float32, 2.0, 0.05)}
     r = records["ours, aten"]
     assert r.training_tflops == pytest.approx(3 * TINY.forward_flops / r.training_ms / 1e9)
     assert r.share_of_peak == pytest.approx(r.training_tflops / 2.0)
@@ -75,19 +75,19 @@ def test_hash_follows_the_kernels(tmp_path):
     for folder in ("csrc", "triton_kernels"):
         (tmp_path / folder).mkdir()
     (tmp_path / "csrc" / "a.cu").write_text("1")
-    first = measure.kernels_hash(tmp_path)
+    first = machine.kernels_hash(tmp_path)
     (tmp_path / "csrc" / "notes.txt").write_text("no source")
-    assert measure.kernels_hash(tmp_path) == first
+    assert machine.kernels_hash(tmp_path) == first
     (tmp_path / "csrc" / "a.cu").write_text("2")
-    assert measure.kernels_hash(tmp_path) != first
-    assert measure.kernels_hash(tmp_path / "csrc") is None
+    assert machine.kernels_hash(tmp_path) != first
+    assert machine.kernels_hash(tmp_path / "csrc") is None
 
 
 def test_committed_reports_belong_to_this_code():
     reports = sorted((ROOT / "bench" / "reports").glob("*.json"))
     assert reports
     for path in reports:
-        if reason := report.stale(path, measure.kernels_hash()):
+        if reason := report.stale(path, machine.kernels_hash()):
             warnings.warn(reason, stacklevel=1)
 
 

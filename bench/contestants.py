@@ -1,0 +1,112 @@
+"""The layers that are timed against each other, and how each is run: eagerly, in a CUDA graph, or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mkconvlstm_cuda import MKConvLSTM, dispatch
+
+from .peers import BatchedInputLoop, UsualLoop
+from .workloads import Workload
+
+BASELINE = "usual loop"
+
+
+class Contestant:
+    """A module on fixed input ``x`` [B, T, C, H, W] and output gradient ``dy`` [B, T, F, H, W].
+
+    ``forward()`` returns h without building a graph; ``train()`` runs forward and backward and leaves gradients in
+    ``x.grad`` and the parameters'.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor):
+        self.module, self.x, self.dy = module, x.detach().clone().requires_grad_(), dy
+
+    def call(self) -> Tensor:
+        y = self.module(self.x)
+        return y if isinstance(y, Tensor) else y[0]
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.call()
+
+    def clear(self) -> None:
+        self.module.zero_grad(set_to_none=True)
+        self.x.grad = None
+
+    def train(self) -> None:
+        self.clear()
+        self.call().backward(self.dy)
+
+
+class Graphed(Contestant):
+    """The same, captured in CUDA graphs once and replayed; gradients lie where the capture put them."""
+
+    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor):
+        super().__init__(module, x, dy)
+        self.forward_graph, self.output = self.capture(super().forward)
+        self.train_graph, _ = self.capture(super().train)
+        self.gradient = self.x.grad
+
+    def capture(self, run: Callable):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = run()
+        return graph, output
+
+    def forward(self) -> Tensor:
+        self.forward_graph.replay()
+        return self.output
+
+    def train(self) -> None:
+        self.x.grad = self.gradient
+        self.train_graph.replay()
+
+
+def compiled(module: nn.Module, x: Tensor, dy: Tensor) -> Contestant:
+    """Under ``torch.compile`` with CUDA graphs, as one who knows it would."""
+    return Contestant(torch.compile(module, mode="reduce-overhead" if x.is_cuda else "default"), x, dy)
+
+
+def ours(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Fused and hand-written backends that can run on ``device``, the one that "auto" likes best first."""
+    problem = dispatch.Problem(device, dtype, 1, 1, 8, 8, (8,), ((3, 3),), ((1, 1),))
+    return [b.name for b in dispatch.BACKENDS.values() if b.forward and dispatch.refusal(b, problem) is None]
+
+
+def builders(
+    workload: Workload, device: torch.device, dtype: torch.dtype, with_compile: bool = False
+) -> dict[str, Callable[[Tensor, Tensor], Contestant]]:
+    """For each contestant on ``workload`` how to make it from x and dy; all have the same weights."""
+
+    def layer(**options) -> MKConvLSTM:
+        torch.manual_seed(0)
+        return MKConvLSTM(workload.channels, workload.kernels, device=device, **options)
+
+    def peer(make: type[nn.Module]) -> nn.Module:
+        return make(layer()).to(device, dtype)
+
+    table: dict[str, Callable[[Tensor, Tensor], Contestant]] = {
+        BASELINE: lambda x, dy: Contestant(peer(UsualLoop), x, dy),
+        "loop, input batched, channels-last": lambda x, dy: Contestant(peer(BatchedInputLoop), x, dy),
+    }
+    if device.type == "cuda":
+        table["the same in a CUDA graph"] = lambda x, dy: Graphed(peer(BatchedInputLoop), x, dy)
+    if with_compile:
+        table["the same under torch.compile"] = lambda x, dy: compiled(peer(BatchedInputLoop), x, dy)
+    names = ours(device, dtype)
+    for backend in names:
+        table[f"ours, {backend}"] = lambda x, dy, b=backend: Contestant(layer(backend=b).to(dtype), x, dy)
+    best = names[0]
+    table[f"ours, {best}, recompute"] = lambda x, dy: Contestant(layer(backend=best, recompute=True).to(dtype), x, dy)
+    return table

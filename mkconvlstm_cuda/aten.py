@@ -84,7 +84,8 @@ def forward(
     keep: bool,
     gate_step: Callable = gate_step,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence forward; see :func:`mkconvlstm_cuda.ops.sequence_forward`."""
+    """The recurrence forward; see :mod:`mkconvlstm_cuda.ops`."""
+    hidden = hidden.channels_last()
     batch, steps = z.shape[:2]
     h, c = initial_state(h_0, z, z.dtype), initial_state(c_0, z, accumulate_dtype(z.dtype))
     hs = z.new_empty((batch, steps, h.shape[1], *z.shape[3:]))
@@ -109,7 +110,7 @@ def recompute_gates(
     output_peephole: str,
 ) -> Tensor:
     """Gates of all steps at once, written over ``z`` [B, T, 4F, H, W]: every h_{t-1} and c_{t-1} is known by now."""
-    acc = accumulate_dtype(z.dtype)
+    acc, hidden = accumulate_dtype(z.dtype), hidden.channels_last()
     chunk = max(1, RECOMPUTE_CHUNK // max(1, z.shape[0]))
     for first in range(0, z.shape[1], chunk):
         part = slice(first, first + chunk)
@@ -117,7 +118,7 @@ def recompute_gates(
         c_prev = previous(c[:, part], c_0 if first == 0 else c[:, first - 1]).flatten(0, 1).to(acc)
         images = z[:, part].flatten(0, 1)
         gate_step(images, transition_forward(h_prev, hidden), c_prev, peephole, output_peephole)
-        z[:, part] = images.unflatten(0, (z.shape[0], -1))
+        z[:, part] = images.unflatten(0, h[:, part].shape[:2])
     return z
 
 
@@ -177,7 +178,8 @@ def backward(
     lengths: Tensor | None,
     gate_step_backward: Callable = gate_step_backward,
 ) -> tuple[Tensor | None, Tensor]:
-    """The recurrence backward; see :func:`mkconvlstm_cuda.ops.sequence_backward`."""
+    """The recurrence backward; see :mod:`mkconvlstm_cuda.ops`."""
+    hidden = hidden.channels_last()
     batch, steps = gates.shape[:2]
     acc = accumulate_dtype(gates.dtype)
     dc = initial_state(dc_n if lengths is None else None, gates, acc).clone()  # a step may overwrite it

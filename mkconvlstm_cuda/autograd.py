@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,13 @@ from .convolution import (
     premix,
     transition_forward,
 )
+
+
+def no_autocast(device: torch.device):
+    """A context without autocast, for code that has chosen its dtypes; backward may run inside the user's autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class TransitionFunction(Function):
@@ -41,7 +49,8 @@ class TransitionFunction(Function):
         dz, images = channels_last(dz), channels_last(x.to(ctx.dtype))
         if torch.is_grad_enabled():
             v = None  # a double backward has to see how it depends on x
-        dx, grads = gradients(images, dz, w, ctx.needs_input_grad[5:], ctx.needs_input_grad[0], v)
+        with no_autocast(x.device):
+            dx, grads = gradients(images, dz, w, ctx.needs_input_grad[5:], ctx.needs_input_grad[0], v)
         dx = None if dx is None else dx.to(x.dtype)
         return dx, None, None, None, None, *grads
 
@@ -97,8 +106,15 @@ class SequenceFunction(Function):
     def backward(ctx, dh, dh_n, dc_n):
         if dh is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
-            return SequenceFunction.differentiable_backward(ctx, dh, dh_n, dc_n)
+        device = next(d for d in (dh, dh_n, dc_n) if d is not None).device
+        with no_autocast(device):
+            if torch.is_grad_enabled():
+                return SequenceFunction.differentiable_backward(ctx, dh, dh_n, dc_n)
+            return SequenceFunction.plain_backward(ctx, dh, dh_n, dc_n)
+
+    @staticmethod
+    def plain_backward(ctx, dh, dh_n, dc_n):
+        """Backward by the backend that ran forward."""
         options = ctx.options
         gates, h, c, lengths, h_0, c_0, peephole, *hidden = ctx.saved_tensors
         w = TransitionWeights.from_tensors(hidden, options.dilations, options.mix_tanh)
@@ -106,6 +122,8 @@ class SequenceFunction(Function):
             gates = aten.recompute_gates(options.recompute_z(), h, c, w, h_0, c_0, peephole, options.output_peephole)
         elif keeps_graph():
             gates = gates.clone()
+        if not keeps_graph():
+            ctx.options = None  # as torch frees the saved tensors: recompute_z holds x
         dh = add_last_gradient(dh, dh_n, h, lengths)
         args = (hidden, options.dilations, options.mix_tanh, h_0, c_0, peephole, options.output_peephole)
         dh_0, dc_0 = ops.sequence_backward(gates, h, c, *args, dh, dc_n, lengths, options.backend)
@@ -130,7 +148,9 @@ class SequenceFunction(Function):
     def differentiable_backward(ctx, dh, dh_n, dc_n):
         """Backward as a differentiable function of all inputs: torch's gradient of the reference (double backward)."""
         options = ctx.options
-        _, _, _, lengths, h_0, c_0, peephole, *hidden = ctx.saved_tensors
+        _, _, _, lengths, *saved = ctx.saved_tensors
+        # Aliases, so that what z has of the same tensors (tied weights, x computed from h_0) is not counted here too.
+        h_0, c_0, peephole, *hidden = (None if t is None else t.view_as(t) for t in saved)
         w = TransitionWeights.from_tensors(hidden, options.dilations, options.mix_tanh)
         z = options.recompute_z()
         z = z if z.requires_grad else z.detach().requires_grad_()

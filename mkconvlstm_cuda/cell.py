@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .attention import FlowAttention, FlowMasks
-from .autograd import transition
-from .convolution import channels_last
+from .autograd import no_autocast, transition
+from .convolution import channels_last, transition_forward
 from .dispatch import check_name
 from .functional import Recomputation, State
 from .transition import Kernels, Transition, parse_branches
@@ -46,8 +46,8 @@ class MKConvLSTMCell(nn.Module):
             raise ValueError(f"peephole: got {peephole!r}, wanted None, 'channel' or 'pixel'")
         if output_peephole not in functional.OUTPUT_PEEPHOLES:
             raise ValueError(f"output_peephole: got {output_peephole!r}, wanted 'previous' or 'current'")
-        if peephole == "pixel" and image_size is None:
-            raise ValueError("image_size: got None, wanted (H, W), which peephole='pixel' needs")
+        if peephole == "pixel" and not is_image_size(image_size):
+            raise ValueError(f"image_size: got {image_size!r}, wanted (H, W), which peephole='pixel' needs")
         if attention is not None and not isinstance(attention, FlowAttention):
             raise TypeError(f"attention: got {type(attention).__name__}, wanted a FlowAttention or None")
         factory = {"device": device, "dtype": dtype}
@@ -97,7 +97,7 @@ class MKConvLSTMCell(nn.Module):
         Raises:
             ValueError, TypeError: as :meth:`MKConvLSTM.forward`.
         """
-        functional.check_tensor("x_t", x_t, ("B", "C", "H", "W"))
+        functional.check_tensor("x_t", x_t, ("B", "C", "H", "W"), {"C": self.in_channels})
         x = x_t.unsqueeze(1)
         flow = flow.unsqueeze(1) if isinstance(flow, Tensor) and flow.dim() == 4 else flow
         self.check_input(x, flow)
@@ -144,22 +144,31 @@ class MKConvLSTMCell(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Checked ``x`` [B, T, C, H, W] through all steps: h [B, T, F, H, W], and the last h and c [B, F, H, W]."""
         dtype = self.compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):  # from here every dtype is chosen, not guessed
+        with no_autocast(x.device):  # from here every dtype is chosen, not guessed
+            live = self.hidden_transition.live_parts
+            hidden = self.hidden_transition if live else self.hidden_transition.weights().to(dtype)
+            chosen = functional.choose(
+                x, dtype, hidden, peephole=self.peephole, lengths=lengths, live_parts=live, backend=self.backend
+            )
             masks = None if self.attention is None else self.masks(flow, dtype)
             weights = self.input_weights(dtype) if masks is None else None
 
+            training = self.training
+
             def preactivations(update_statistics: bool = False) -> Tensor:
+                if self.training != training:
+                    raise RuntimeError("the layer changed between training and eval mode between forward and backward")
                 images, unfold = fold_time(x)
+                if weights is not None and chosen.forward is None:  # the reference is torch's own autograd throughout
+                    return unfold(transition_forward(channels_last(images.to(dtype)), weights))
                 if weights is not None:
                     return unfold(transition(images, weights, dtype, recompute=recompute))
                 z = self.input_transition(channels_last(images.to(dtype)), masks, update_statistics)
                 return unfold(z if self.bias is None else z + self.bias.to(dtype)[:, None, None])
 
-            z = preactivations(update_statistics=True)
-            live = self.hidden_transition.live_parts
-            hidden = self.hidden_transition if live else self.hidden_transition.weights().to(dtype)
-            h, h_n, c_n, self.last_backend = functional.sequence(
-                z,
+            h, h_n, c_n = functional.sequence(
+                chosen,
+                preactivations(update_statistics=True),
                 hidden,
                 h_0,
                 c_0,
@@ -168,9 +177,8 @@ class MKConvLSTMCell(nn.Module):
                 output_peephole=self.output_peephole,
                 lengths=lengths,
                 recompute=recompute,
-                backend=self.backend,
-                live_parts=live,
             )
+        self.last_backend = chosen.name
         return h, h_n, c_n
 
     def input_weights(self, dtype: torch.dtype):
@@ -188,6 +196,10 @@ class MKConvLSTMCell(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, hidden_channels={self.hidden_channels}, backend={self.backend!r}"
+
+
+def is_image_size(size) -> bool:
+    return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
 
 
 def fold_time(x: Tensor):

@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(help="Multi-kernel convolutional LSTM for PyTorch.", no_args_is_help=True, add_completion=False)
@@ -50,7 +51,7 @@ def info(
     dtype: Annotated[DType, typer.Option(help="dtype for --plan.")] = DType.float32,
 ) -> None:
     """Versions, devices, and which backends can run here or why not."""
-    from . import _C, dispatch
+    from . import dispatch
 
     software = Table("software", "version")
     software.add_row("python", platform.python_version())
@@ -59,7 +60,7 @@ def info(
             software.add_row(package, version(package))
         except PackageNotFoundError:
             software.add_row(package, "[dim]not installed[/dim]")
-    for key, value in _C.build_info().items():
+    for key, value in build_info().items():
         software.add_row(f"built with: {key}", "[dim]none[/dim]" if value is None else str(value))
     devices = Table("device", "name")
     devices.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
@@ -76,13 +77,22 @@ def info(
         console.print(show_plan(plan, dtype.value))
 
 
-def show_plan(problem: str, dtype: str) -> str:
-    from . import _C
-
+def build_info() -> dict:
+    """What the host module says of its build, or why there is none."""
     try:
+        from . import _C
+    except ImportError as error:
+        return {"host module": f"missing: {error}"}
+    return _C.build_info()
+
+
+def show_plan(problem: str, dtype: str) -> str:
+    try:
+        from . import _C
+
         batch, channels, height, width = (int(n) for n in problem.split(","))
         return repr(_C.plan(batch=batch, channels=channels, height=height, width=width, dtype=dtype))
-    except (ValueError, TypeError) as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise typer.BadParameter(f"--plan {problem!r}: wanted four sizes B,F,H,W ({error})") from error
 
 
@@ -109,7 +119,7 @@ def check(
         verdict = f"[red]{bad} FAILED[/red]" if bad else "[yellow]not run[/yellow]" if skipped else "[green]ok[/green]"
         numbers = ["", ""] if worst.error is None else [f"{worst.error:.1e}", f"{worst.limit:.1e}"]
         what = str(len(same)) if worst.error is not None else ", ".join(dict.fromkeys(r.check for r in same))
-        table.add_row(worst.backend, worst.dtype, what, *numbers, f"{verdict} {worst.note}".strip())
+        table.add_row(worst.backend, worst.dtype, what, *numbers, f"{verdict} {escape(worst.note)}".strip())
     console.print(table)
     for r in results:
         if r.passed is False:
@@ -170,18 +180,19 @@ def bench(
 @app.command()
 def forecast(
     output: Annotated[Path, typer.Option(help="Folder for pictures, metrics and checkpoint.")] = Path("demo"),
-    minutes: Annotated[Optional[float], typer.Option(help="Training time; not with --steps.")] = None,  # noqa: UP045
+    minutes: Annotated[Optional[float], typer.Option(help="Training time, 1.75 by default; not with --steps.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(help="Training steps, for a run that repeats exactly.")] = None,  # noqa: UP045
     mnist: Annotated[
         Path | None, typer.Option(help="Folder with MNIST's IDX files, in place of scikit-learn's digits.")
     ] = None,
     speed: Annotated[
-        list[float] | None, typer.Option(help="Mean speed of a digit, pixels per frame; once for each digit.")
+        list[float] | None,
+        typer.Option(help="Mean speed of a digit in pixels per frame, once for each digit; one digit at 2 by default."),
     ] = None,
-    channels: Annotated[Optional[int], typer.Option(help="Hidden channels of each kernel size.")] = None,  # noqa: UP045
-    kernel: Annotated[Optional[list[int]], typer.Option(help="Kernel size; once for each.")] = None,  # noqa: UP045
-    seed: int = 0,
-    backend: str = "auto",
+    channels: Annotated[Optional[int], typer.Option(help="Hidden channels of each kernel size, 16 by default.")] = None,  # noqa: UP045
+    kernel: Annotated[Optional[list[int]], typer.Option(help="Kernel size, once for each; 3 and 5 by default.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of the weights and of the sequences.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, or a name that `mkconvlstm info` lists.")] = "auto",
     device: DeviceOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
@@ -211,7 +222,7 @@ def forecast(
         console.print(f"stopped; continue with: mkconvlstm forecast --output {output} --resume")
         raise typer.Exit(130) from None
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(2) from None
     console.print(summary(metrics))
     console.print(

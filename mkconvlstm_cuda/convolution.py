@@ -11,7 +11,7 @@ Images are kept channels-last in memory: convolutions are fastest so on CPUs (on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,19 +114,20 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def interleave(outputs: Sequence[Tensor]) -> Tensor:
-    """Join branch outputs [N, 4*F_r, H, W] gate by gate into [N, 4F, H, W] (the paper's Fig. 4b)."""
+    """Join branch outputs [N, 4*F_r, H, W] gate by gate into [N, 4F, H, W], channels-last (the paper's Fig. 4b)."""
     if len(outputs) == 1:
-        return outputs[0]
+        return channels_last(outputs[0])  # a convolution of one input channel may answer channels-first
     split = [o.permute(0, 2, 3, 1).unflatten(-1, (4, -1)) for o in outputs]  # [N, H, W, 4, F_r]
     return torch.cat(split, dim=-1).flatten(-2).permute(0, 3, 1, 2)
 
 
-def deinterleave(z: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Inverse of :func:`interleave`: [..., 4F, H, W] -> [..., 4*F_r, H, W] for each of ``sizes``."""
+def deinterleave(z: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Inverse of :func:`interleave`: [..., 4F, H, W] -> [..., 4*F_r, H, W] for each of ``sizes``, made one by one."""
     if len(sizes) == 1:
-        return [z]
-    parts = z.movedim(-3, -1).unflatten(-1, (4, -1)).split(list(sizes), dim=-1)
-    return [p.flatten(-2).movedim(-1, -3) for p in parts]
+        yield z
+        return
+    for part in z.movedim(-3, -1).unflatten(-1, (4, -1)).split(list(sizes), dim=-1):
+        yield part.flatten(-2).movedim(-1, -3)
 
 
 def branch_forward(x: Tensor, b: BranchWeights) -> Tensor:
@@ -156,7 +157,7 @@ def mix_input_gradient(du: Tensor, w: TransitionWeights, v: Tensor | None) -> Te
     """Gradient [N, 4F, H, W] before the mix; ``v`` is :func:`premix`'s value, needed only where there is a tanh."""
     if w.mix is not None:
         du = conv2d_input(du.shape, w.mix, du, groups=w.mix_groups)
-    return du * (1 - v * v) if w.mix_tanh else du
+    return torch.ops.aten.tanh_backward(du, v) if w.mix_tanh else du
 
 
 def branch_gradient(dy: Tensor, b: BranchWeights) -> Tensor:
@@ -218,7 +219,7 @@ def gradients(
         if needs_x:
             if b.bottleneck is not None:
                 da = conv2d_input((da.shape[0], b.bottleneck.shape[1], *da.shape[2:]), b.bottleneck, da)
-            dx = da if dx is None else dx + da
+            dx = da if dx is None else dx + da if torch.is_grad_enabled() else dx.add_(da)
     return dx, grads
 
 

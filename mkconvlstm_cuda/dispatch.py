@@ -47,6 +47,10 @@ class Backend:
     backward: Callable | None = None
 
 
+class Refusal(ValueError):
+    """A backend that was named cannot serve the call."""
+
+
 def _yes(*_) -> None:
     return None
 
@@ -100,11 +104,12 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
     """The backend that serves ``problem``.
 
     Raises:
-        ValueError: there is no backend of that name, or the named one cannot serve; the message has its reason.
+        ValueError: there is no backend of that name.
+        Refusal: the named one cannot serve; the message has its reason.
     """
     if check_name(backend) != "auto":
         chosen = BACKENDS[backend]
         if reason := refusal(chosen, problem):
-            raise ValueError(f"backend: {backend!r} cannot serve this call: {reason}")
+            raise Refusal(f"backend: {backend!r} cannot serve this call: {reason}")
         return chosen
     return next(b for b in BACKENDS.values() if refusal(b, problem) is None)

@@ -212,6 +212,7 @@ def run(
     trainer = Trainer(settings, settings.clips(digits, "train"), device, backend)
     if resume:
         trainer.load(output / CHECKPOINT)
+    trainer.predict(settings.clips(digits, "test").frames(range(1))[:, : settings.past])  # a backend may refuse: now
     output.mkdir(parents=True, exist_ok=True)
     _train(trainer, output / CHECKPOINT, minutes, steps, console or Console(), on_step)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import dispatch, ops, reference
 from .autograd import SequenceFunction, SequenceOptions, last_states, transition
-from .convolution import BranchWeights, TransitionWeights, transition_forward
+from .convolution import BranchWeights, TransitionWeights, channels_last, transition_forward
 from .reference import accumulate_dtype
 
 OUTPUT_PEEPHOLES = ("previous", "current")
@@ -59,18 +59,27 @@ def mkconvlstm(
         raise ValueError(f"hidden_weights: got {got} hidden channels in all, wanted the input's {hidden_channels}")
     if bias is not None:
         check_tensor("bias", bias, ("4F",), {"4F": 4 * hidden_channels})
-    for name, t in (("input_weights", input_weights[0]), ("hidden_weights", hidden_weights[0]), ("bias", bias)):
-        check_same_kind(name, t, "x", x)
+    for name, weights in (("input_weights", input_weights), ("hidden_weights", hidden_weights)):
+        for r, w in enumerate(weights):
+            check_same_kind("x", x, f"{name}[{r}]", w)
+    check_same_kind("x", x, "bias", bias)
     dtype = compute_dtype(x, input_weights[0])
     w_x = TransitionWeights(tuple(BranchWeights(w) for w in input_weights)).with_bias(bias).to(dtype)
     w_h = TransitionWeights(tuple(BranchWeights(w) for w in hidden_weights)).to(dtype)
     check_peephole(peephole, output_peephole, hidden_channels, x)
     h_0, c_0 = check_state(state, (x.shape[0], hidden_channels, *x.shape[3:]), dtype, x)
+    chosen = choose(x, dtype, w_h, peephole=peephole, backend=backend)
 
     def preactivations() -> Tensor:
-        return transition(x.flatten(0, 1), w_x, dtype).unflatten(0, x.shape[:2])
+        images = x.flatten(0, 1)
+        if chosen.forward is None:  # the reference is torch's own autograd throughout
+            z = transition_forward(channels_last(images.to(dtype)), w_x)
+        else:
+            z = transition(images, w_x, dtype)
+        return z.unflatten(0, x.shape[:2])
 
-    h, h_n, c_n, _ = sequence(
+    h, h_n, c_n = sequence(
+        chosen,
         preactivations(),
         w_h,
         h_0,
@@ -78,7 +87,6 @@ def mkconvlstm(
         peephole=peephole,
         output_peephole=output_peephole,
         recompute_z=Recomputation(preactivations, x, *w_x.tensors()),
-        backend=backend,
     )
     return h, (h_n, c_n)
 
@@ -100,6 +108,7 @@ class Recomputation:
 
 
 def sequence(
+    backend: dispatch.Backend,
     z: Tensor,
     hidden: TransitionWeights | Callable[[Tensor], Tensor],
     h_0: Tensor | None,
@@ -110,47 +119,56 @@ def sequence(
     output_peephole: str = "previous",
     lengths: Tensor | None = None,
     recompute: bool = False,
-    backend: str = "auto",
-    live_parts: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, str]:
-    """The recurrence on checked arguments, by the backend that ``backend`` chooses.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence on checked arguments, by the ``backend`` that :func:`choose` chose for them.
 
     Args:
         z: [B, T, 4F, H, W], fresh (it may be overwritten): the input's pre-activations, bias included.
-        hidden: the hidden transition's weights in z's dtype; or, where ``live_parts`` says what they cannot express,
-            a function [B, F, H, W] -> [B, 4F, H, W].
+        hidden: the hidden transition's weights in z's dtype; or, where it has parts that no weights can express, a
+            function [B, F, H, W] -> [B, 4F, H, W].
         h_0, c_0: [B, F, H, W] in z's and in the accumulate dtype; None for zeros.
         recompute_z: computes z again, into a fresh tensor.
         lengths: [B] int64 on z's device, each in 1..T, or None.
         recompute: keep h and c alone for backward.
 
     Returns:
-        h [B, T, F, H, W], the last h and c [B, F, H, W] of each sequence, and the name of the backend that ran.
+        h [B, T, F, H, W], and the last h and c [B, F, H, W] of each sequence.
     """
     if peephole is not None:
         peephole = peephole.to(accumulate_dtype(z.dtype))
-    chosen = dispatch.choose(problem(z, hidden, peephole, lengths, live_parts), backend)
-    if chosen.forward is None:
-        apply = hidden if live_parts else lambda h: transition_forward(h, hidden)
+    if backend.forward is None:
+        apply = (lambda h: transition_forward(h, hidden)) if isinstance(hidden, TransitionWeights) else hidden
         h, c = reference.sequence(z, apply, h_0, c_0, peephole, output_peephole)
-        return h, last_states(h, lengths), last_states(c, lengths), chosen.name
+        return h, last_states(h, lengths), last_states(c, lengths)
     tensors = hidden.tensors()
     differentiable = (z, h_0, c_0, peephole, *tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         options = SequenceOptions(
-            chosen.name, hidden.dilations, hidden.mix_tanh, output_peephole, recompute, recompute_z
+            backend.name, hidden.dilations, hidden.mix_tanh, output_peephole, recompute, recompute_z
         )
         h, h_n, c_n = SequenceFunction.apply(options, z, h_0, c_0, peephole, lengths, *tensors)
     else:
         args = (tensors, hidden.dilations, hidden.mix_tanh, h_0, c_0, peephole, output_peephole)
-        h, c = ops.sequence_forward(z, *args, lengths is not None, chosen.name)
+        h, c = ops.sequence_forward(z, *args, lengths is not None, backend.name)
         h_n, c_n = last_states(h, lengths), last_states(c, lengths)
-    return h, h_n, c_n, chosen.name
+    return h, h_n, c_n
 
 
-def problem(z: Tensor, hidden, peephole: Tensor | None, lengths: Tensor | None, live_parts: str | None):
-    """The :class:`dispatch.Problem` of a call of :func:`sequence`."""
-    batch, steps, _, height, width = z.shape
+def choose(
+    x: Tensor,
+    dtype: torch.dtype,
+    hidden: TransitionWeights | Callable[[Tensor], Tensor],
+    *,
+    peephole: Tensor | None = None,
+    lengths: Tensor | None = None,
+    live_parts: str | None = None,
+    backend: str = "auto",
+) -> dispatch.Backend:
+    """The backend for ``x`` [B, T, C, H, W] in ``dtype``, before anything is computed: a refusal leaves no trace.
+
+    ``live_parts`` says what weights cannot express, where ``hidden`` is a function. Raises as :func:`dispatch.choose`.
+    """
+    batch, steps, _, height, width = x.shape
     known = {}
     if not live_parts:
         known = {
@@ -162,9 +180,9 @@ def problem(z: Tensor, hidden, peephole: Tensor | None, lengths: Tensor | None, 
             "mix_tanh": hidden.mix_tanh,
         }
     kind = None if peephole is None else "channel" if peephole.shape[2:] == (1, 1) else "pixel"
-    return dispatch.Problem(
-        z.device,
-        z.dtype,
+    problem = dispatch.Problem(
+        x.device,
+        dtype,
         batch,
         steps,
         height,
@@ -174,14 +192,19 @@ def problem(z: Tensor, hidden, peephole: Tensor | None, lengths: Tensor | None, 
         lengths=lengths is not None,
         **known,
     )
+    return dispatch.choose(problem, backend)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """dtype that convolutions run in: autocast's where it is on, else the weights'."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if autocast_enabled(x.device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return weight.dtype
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; some devices ("meta") have none and torch raises when asked."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def check_tensor(name: str, t, dims: tuple[str, ...], wanted: dict[str, int] | None = None) -> None:
@@ -207,13 +230,13 @@ def check_tensor(name: str, t, dims: tuple[str, ...], wanted: dict[str, int] | N
             raise ValueError(f"{described} with {dim} at least 1")
 
 
-def check_same_kind(name: str, t: Tensor | None, other_name: str, other: Tensor) -> None:
-    """``t`` lies on the device of ``other`` and, outside of autocast, has its dtype."""
-    if t is None:
+def check_same_kind(name: str, t: Tensor, other_name: str, other: Tensor | None) -> None:
+    """``other`` lies on the device of ``t`` and, outside of autocast, has its dtype."""
+    if other is None:
         return
     if t.device != other.device:
         raise ValueError(f"{other_name}: got device {other.device}, wanted that of {name}, {t.device}")
-    if t.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+    if t.dtype != other.dtype and not autocast_enabled(other.device):
         raise TypeError(f"{other_name}: got dtype {other.dtype}, wanted that of {name}, {t.dtype}")
 
 

@@ -125,7 +125,8 @@ class MKConvLSTM(nn.Module):
             state: (h_0, c_0), each [num_layers * directions, B, F, H, W]; None for zeros.
             flow: [B, T, flow_channels, H, W] (laid out as x), with flow attention.
             lengths: [B] integers in 1..T: steps of each sequence that count. Later outputs are zero, (h_n, c_n) are
-                the states after each sequence's last step, and the backward direction starts there.
+                the states after each sequence's last step, and the backward direction starts there. Only batch norm
+                in training sees what lies beyond: zeros count in its statistics.
 
         Returns:
             output [B, T, directions * F, H, W] (laid out as x), contiguous, and (h_n, c_n), each
@@ -135,7 +136,8 @@ class MKConvLSTM(nn.Module):
             ValueError: a shape, device, length or state is wrong, or the named backend cannot serve.
             TypeError: a dtype is wrong, or an argument is no tensor.
         """
-        check_tensor("x", x, ("B", "T", "C", "H", "W") if self.batch_first else ("T", "B", "C", "H", "W"))
+        dims = ("B", "T", "C", "H", "W") if self.batch_first else ("T", "B", "C", "H", "W")
+        check_tensor("x", x, dims, {"C": self.in_channels})
         if not self.batch_first:
             x = x.transpose(0, 1)
             flow = flow.transpose(0, 1) if isinstance(flow, Tensor) and flow.dim() == 5 else flow
@@ -147,7 +149,7 @@ class MKConvLSTM(nn.Module):
         valid = None
         if lengths is not None:
             valid = (torch.arange(steps, device=x.device) < lengths[:, None])[:, :, None, None, None]
-            x = x.where(valid, 0)
+            x, flow = x.where(valid, 0), None if flow is None else flow.where(valid, 0)
         final = []
         for layer in range(self.num_layers):
             outputs = []
@@ -184,7 +186,7 @@ class MKConvLSTM(nn.Module):
         """
         if self.bidirectional:
             raise ValueError("step: got a bidirectional layer, wanted one that needs no future frames")
-        check_tensor("x_t", x_t, ("B", "C", "H", "W"))
+        check_tensor("x_t", x_t, ("B", "C", "H", "W"), {"C": self.in_channels})
         time = 1 if self.batch_first else 0
         flow = flow.unsqueeze(time) if isinstance(flow, Tensor) and flow.dim() == 4 else flow
         output, state = self(x_t.unsqueeze(time), state, flow)
@@ -206,7 +208,10 @@ def check_lengths(lengths: Tensor | None, batch: int, steps: int, device: torch.
         return None
     if not isinstance(lengths, (Tensor, list, tuple)):
         raise TypeError(f"lengths: got {type(lengths).__name__}, wanted a tensor or list of {batch} integers")
-    lengths = torch.as_tensor(lengths)
+    try:
+        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"lengths: got {lengths!r}, wanted a tensor or list of {batch} integers") from error
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: got dtype {lengths.dtype}, wanted integers")
     if tuple(lengths.shape) != (batch,):

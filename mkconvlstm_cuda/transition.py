@@ -36,12 +36,12 @@ class Branch:
     dilation: int | tuple[int, int] = 1
 
     def __post_init__(self):
-        check_kernel_size("kernels", as_pair(self.kernel_size))
+        check_kernel_size("kernels", as_pair(self.kernel_size, "kernels: kernel size"))
         for name in ("channels", "bottleneck"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"kernels: got {name} {value!r}, wanted an int of at least 1")
-        if any(d < 1 for d in as_pair(self.dilation)):
+        if any(d < 1 for d in as_pair(self.dilation, "kernels: dilation")):
             raise ValueError(f"kernels: got dilation {self.dilation!r}, wanted at least 1")
 
 
@@ -56,7 +56,10 @@ def parse_branches(name: str, kernels: Kernels) -> tuple[Branch, ...]:
         ValueError: it is empty.
     """
     if isinstance(kernels, Mapping):
-        branches = tuple(Branch(size, channels) for size, channels in kernels.items())
+        try:
+            branches = tuple(Branch(size, channels) for size, channels in kernels.items())
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("kernels", name, 1)) from None
     elif isinstance(kernels, Sequence) and all(isinstance(b, Branch) for b in kernels):
         branches = tuple(kernels)
     else:
@@ -127,7 +130,17 @@ class BranchModule(nn.Module):
         return normalise(F.conv2d(x, w.weight, padding=w.padding, dilation=w.dilation), self.norm)
 
     def weights(self) -> BranchWeights:
-        """The branch as plain tensors, batch norms in eval mode folded into them."""
+        """The branch as plain tensors, batch norms in eval mode folded into them.
+
+        Raises:
+            RuntimeError: a convolution has hooks, which would never run.
+        """
+        for conv in (self.conv, self.bottleneck):
+            if conv is not None and (conv._forward_pre_hooks or conv._forward_hooks):
+                raise RuntimeError(
+                    "a convolution of this layer has forward hooks (pruning, old weight_norm or spectral_norm?), which "
+                    "never run: its weights are used directly; torch.nn.utils.parametrizations work"
+                )
         weight, bias = fold(self.conv.weight, self.norm)
         narrow = (None, None) if self.bottleneck is None else fold(self.bottleneck.weight, self.bottleneck_norm)
         return BranchWeights(weight, bias, *narrow, dilation=self.conv.dilation)
@@ -151,7 +164,7 @@ class Transition(nn.Module):
 
     Args:
         in_channels: C (input-to-hidden) or F (hidden-to-hidden).
-        branches: what :func:`parse_branches` returns.
+        branches: {kernel size: hidden channels}, or a list of :class:`Branch`.
         mix: None, "gate" (an F x F matrix for each gate) or "full" (4F x 4F), after the interleaving (Fig. 4c).
         mix_activation: None or "tanh", before the mix (Fig. 13d).
         norm: None, "batch", "group" or "layer", after every convolution but the mix.
@@ -160,7 +173,7 @@ class Transition(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        branches: Sequence[Branch],
+        branches: Kernels,
         mix: str | None = None,
         mix_activation: str | None = None,
         norm: str | None = None,
@@ -175,6 +188,7 @@ class Transition(nn.Module):
             raise ValueError(f"mix_activation: got {mix_activation!r}, wanted None or 'tanh'")
         if mix_activation and mix is None:
             raise ValueError("mix_activation: got 'tanh' without a mix, wanted mix='gate' or mix='full' with it")
+        branches = parse_branches("branches", branches)
         self.norm_kind = norm
         self.mix_tanh = mix_activation == "tanh"
         self.branches = nn.ModuleList(BranchModule(in_channels, b, norm, **factory) for b in branches)
@@ -194,7 +208,9 @@ class Transition(nn.Module):
         ``masks``: for each branch [N, C or 1, H, W], multiplied into its input, or None. Without
         ``update_statistics`` batch norms in training leave their running statistics alone.
         """
-        frozen = [] if update_statistics else [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        frozen = (
+            [] if update_statistics else [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        )
         for m in frozen:
             m.track_running_stats = False
         try:

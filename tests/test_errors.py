@@ -23,7 +23,7 @@ CONSTRUCTION = {
     "three sides": (TypeError, "kernel size: got", (4, {(3, 3, 3): 2}), {}),
     "no channels": (ValueError, "kernels: got channels 0", (4, {3: 0}), {}),
     "hidden kernels' channels": (ValueError, "hidden_kernels: got 6 channels in all", (4, {3: 5}, {5: 6}), {}),
-    "even hidden kernel": (ValueError, "got kernel size 2x2", (4, {3: 5}, {2: 5}), {}),
+    "even hidden kernel": (ValueError, "hidden_kernels: got kernel size 2x2", (4, {3: 5}, {2: 5}), {}),
     "mix": (ValueError, "mix: got 'all'", (4, {3: 5}), {"mix": "all"}),
     "mix_activation": (ValueError, "mix_activation: got 'relu'", (4, {3: 5}), {"mix": "full", "mix_activation": "relu"}),
     "activation without mix": (ValueError, "mix_activation: got 'tanh' without", (4, {3: 5}), {"mix_activation": "tanh"}),
@@ -31,6 +31,8 @@ CONSTRUCTION = {
     "peephole": (ValueError, "peephole: got 'all'", (4, {3: 5}), {"peephole": "all"}),
     "output_peephole": (ValueError, "output_peephole: got 'next'", (4, {3: 5}), {"output_peephole": "next"}),
     "pixel peephole without size": (ValueError, "image_size: got None", (4, {3: 5}), {"peephole": "pixel"}),
+    "image_size of one": (ValueError, "image_size: got 5", (4, {3: 5}), {"peephole": "pixel", "image_size": 5}),
+    "image_size of three": (ValueError, "image_size: got", (4, {3: 5}), {"peephole": "pixel", "image_size": (5, 5, 5)}),
     "attention": (TypeError, "attention: got int", (4, {3: 5}), {"attention": 2}),
     "attention branch": (ValueError, r"attention.branches: got \(7, 7\)", (4, {3: 5}), {"attention": FlowAttention(2, (7,))}),
     "num_layers": (ValueError, "num_layers: got 0", (4, {3: 5}), {"num_layers": 0}),
@@ -51,7 +53,10 @@ def test_bad_construction(case):
     [
         (lambda: Branch(3, 2, bottleneck=0), ValueError, "bottleneck 0"),
         (lambda: Branch(3, 2, dilation=0), ValueError, "dilation 0"),
+        (lambda: Branch(3, 2, dilation="x"), TypeError, "dilation: got 'x'"),
         (lambda: FlowAttention(0), ValueError, "flow_channels: got 0"),
+        (lambda: FlowAttention(2, branches=()), ValueError, r"attention branches: got \(\)"),
+        (lambda: FlowAttention(2, branches=3), ValueError, "attention branches: got 3"),
         (lambda: FlowAttention(2, mask_channels=3), ValueError, "mask_channels: got 3"),
         (lambda: FlowAttention(2, kernel_size=2), ValueError, "kernel_size: got 2"),
         (lambda: FlowAttention(2, network=torch.sigmoid), TypeError, "network: got"),
@@ -98,8 +103,11 @@ CALLS = {
     "lengths shape": (ValueError, r"lengths: got shape \[1\], wanted \[B=2\]", {}, (X,), {"lengths": torch.tensor([2])}),
     "lengths floats": (TypeError, "lengths: got dtype torch.float32", {}, (X,), {"lengths": torch.tensor([1.0, 2.0])}),
     "lengths an int": (TypeError, "lengths: got int", {}, (X,), {"lengths": 3}),
+    "lengths ragged": (TypeError, r"lengths: got \[\[1\], \[1, 2\]\]", {}, (X,), {"lengths": [[1], [1, 2]]}),
+    "time-first channels": (ValueError, r"x: got shape \[2, 3, 3, 6, 5\], wanted \[T, B, C=4", {"batch_first": False}, (X[:, :, :3],), {}),
     "peephole image": (ValueError, r"peephole: got image size \(5, 6\)", {"peephole": "pixel", "image_size": (5, 6)}, (X,), {}),
     "named backend": (ValueError, "backend: 'aten' cannot serve this call: .*layer norm", {"norm": "layer", "backend": "aten"}, (X,), {}),
+    "named backend, batch norm": (ValueError, "cannot serve this call: .*batch norm", {"norm": "batch", "backend": "aten"}, (X,), {}),
     "named backend's device": (ValueError, "backend: 'cuda' cannot serve this call: ", {"backend": "cuda"}, (X,), {}),
 }  # fmt: skip
 if torch.cuda.is_available():
@@ -131,6 +139,9 @@ def test_bad_calls_of_step_and_cell():
         cell(X)
     with pytest.raises(ValueError, match=r"h_0.*F=2"):
         cell(X[:, 0], (X[:, 0], X[:, 0]))
+    for call in (layer.step, cell):
+        with pytest.raises(ValueError, match=r"x_t: got shape \[2, 3, 6, 5\], wanted \[B, C=4, H, W\]"):
+            call(X[:, 0, :3])
 
 
 def test_attention_network_of_wrong_size():
@@ -150,7 +161,19 @@ FUNCTIONAL = {
     "hidden sum": (ValueError, "hidden_weights: got 10 hidden channels", (X, [W_X], [W_H, W_H]), {}),
     "even kernel": (ValueError, r"input_weights\[0\]: got kernel size 2x3", (X, [W_X[:, :, :2]], [W_H]), {}),
     "bias": (ValueError, r"bias: got shape \[19\], wanted \[4F=20\]", (X, [W_X], [W_H], torch.randn(19)), {}),
-    "bias dtype": (TypeError, "dtype", (X, [W_X], [W_H], torch.randn(20).double()), {}),
+    "second weight's dtype": (
+        TypeError,
+        r"hidden_weights\[1\]: got dtype torch.float64, wanted that of x",
+        (X, [W_X], [W_H[:12], W_H[:8].double()]),
+        {},
+    ),
+    "second weight's device": (
+        ValueError,
+        r"input_weights\[1\]: got device meta",
+        (X, [W_X[:12], W_X[:8].to("meta")], [W_H]),
+        {},
+    ),
+    "bias dtype": (TypeError, "bias: got dtype torch.float64", (X, [W_X], [W_H], torch.randn(20).double()), {}),
     "peephole": (ValueError, "peephole: got image size", (X, [W_X], [W_H]), {"peephole": torch.randn(3, 5, 2, 2)}),
     "peephole rows": (ValueError, "peephole: got shape", (X, [W_X], [W_H]), {"peephole": torch.randn(2, 5, 1, 1)}),
     "output_peephole": (ValueError, "output_peephole: got 'c'", (X, [W_X], [W_H]), {"output_peephole": "c"}),

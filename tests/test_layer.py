@@ -159,6 +159,37 @@ def test_small_and_empty_batches(backend, shape):
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"mix": "gate"}, {"num_layers": 2}], ids=str)
+def test_empty_batches_with_lengths(backend, options):
+    layer = random_layer(2, {3: 2, 5: 1}, backend=backend, **options)
+    output, (h_n, _) = layer(torch.randn(0, 3, 2, 4, 4, dtype=torch.float64), lengths=[])
+    (output.sum() + h_n.sum()).backward()
+    assert output.shape == (0, 3, 3, 4, 4)
+    assert not any(p.grad.any() for p in layer.parameters())
+
+
+def test_meta_device(backend):
+    layer = MKConvLSTM(2, {3: 2, 5: 1}, backend=backend, device="meta")
+    output, (h_n, _) = layer(torch.randn(2, 3, 2, 4, 5, device="meta"))
+    (output.sum() + h_n.sum()).backward()
+    assert (output.device.type, output.shape) == ("meta", (2, 3, 3, 4, 5))
+
+
+@pytest.mark.parametrize("options", [{}, {"mix": "gate", "mix_activation": "tanh"}], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_inside_autocast_changes_nothing(options, recompute):
+    """Forward outside of autocast chose float32; what is on while backward runs is somebody else's affair."""
+    problem = Problem(options={"recompute": recompute, **options})
+    grads = []
+    for enabled in (False, True):
+        layer = problem.layer("aten", torch.float32)
+        output, _, _ = problem.call(layer, **problem.inputs(layer, torch.float32))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output.square().sum().backward()
+        grads.append({name: p.grad for name, p in layer.named_parameters()})
+    assert_close(*grads, 1e-6)
+
+
 def test_nan_in_one_sample_stays_there(backend):
     layer = random_layer(2, {3: 2}, backend=backend)
     x = torch.randn(3, 3, 2, 4, 4, dtype=torch.float64)
@@ -266,6 +297,18 @@ def test_masks_scale_the_input_of_their_branch_only():
     layer.cells[0].attention.network.logit = -800.0
     plain.cells[0].input_transition.branches[1].conv.weight.data.zero_()
     torch.testing.assert_close(layer(x, flow=flow)[0], plain(x)[0])
+
+
+def test_flow_beyond_the_end_of_a_sequence_is_never_seen(backend):
+    layer = random_layer(3, {3: 2, 5: 2}, attention=FlowAttention(branches=(5,)), backend=backend)
+    x, flow = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64), torch.randn(2, 4, 2, 5, 5, dtype=torch.float64)
+    grads = []
+    for beyond in (0.0, float("nan")):
+        flow[0, 2:] = beyond
+        layer.zero_grad()
+        layer(x, flow=flow, lengths=[2, 4])[0].sum().backward()
+        grads.append({name: p.grad.clone() for name, p in layer.named_parameters()})
+    assert_close(*grads, 1e-12)
 
 
 def test_cell_takes_flow_for_one_step():

@@ -5,7 +5,7 @@ import torch
 from problems import LIVE, PROBLEMS, Problem
 from torch.autograd import gradcheck, gradgradcheck
 
-from mkconvlstm_cuda import Branch, MKConvLSTM, MKConvLSTMCell
+from mkconvlstm_cuda import Branch, MKConvLSTM, MKConvLSTMCell, functional
 
 
 def as_function(problem: Problem, backend: str):
@@ -59,6 +59,21 @@ def test_gradcheck_of_aten(name):
 def test_double_backward_of_aten_goes_through_the_reference(name):
     function, tensors = as_function(PROBLEMS[name], "aten")
     assert gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", ["tied weights", "x computed from h_0"])
+def test_a_differentiable_backward_counts_each_path_once(case):
+    """``create_graph=True`` changes no gradient, also where the input's part and the recurrence share a tensor."""
+    torch.manual_seed(0)
+    w, x, h_0 = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((8, 2, 3, 3), *2 * ((1, 2, 4, 4),)))
+    u = w if case == "tied weights" else torch.randn_like(w)
+    x = x if case == "tied weights" else h_0.sin()
+    h, _ = functional.mkconvlstm(x[:, None].expand(-1, 3, -1, -1, -1), [w], [u], state=(h_0, h_0.cos()), backend="aten")
+    plain, graphed = (
+        torch.autograd.grad(h.square().sum(), (w, h_0), create_graph=c, retain_graph=True) for c in (False, True)
+    )
+    for a, b in zip(plain, graphed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 def test_equations_written_out():

@@ -22,8 +22,9 @@ def pack_kernel(
     BLOCK_K: tl.constexpr,
     CHANNELS: tl.constexpr,  # columns of a group in one tile
     ROWS: tl.constexpr,  # columns of a tile that one program packs
+    TAPS: tl.constexpr,  # and taps: they lie side by side in the weights
 ):
-    """Program (tile * blocks + block, rows): all taps of ROWS x BLOCK_K weights, zeros where there are none."""
+    """Program (tile * blocks + block, rows, taps): TAPS x ROWS x BLOCK_K weights, zeros where there are none."""
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -34,6 +35,7 @@ def pack_kernel(
     mask = (column < n_count)[:, None] & (k < k_count)[None, :]
     target = packed_ptr + tl.program_id(0).to(tl.int64) * taps * (BLOCK_N * BLOCK_K)
     target += n[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    for tap in range(taps):
+    tap_first = tl.program_id(2) * TAPS
+    for tap in range(tap_first, tl.minimum(tap_first + TAPS, taps)):
         w = tl.load(source + tap, mask=mask, other=0.0)
         tl.store(target + tap * (BLOCK_N * BLOCK_K), round_to_tf32(w) if ROUND else w)

@@ -150,8 +150,13 @@ class MKConvLSTMCell(nn.Module):
             chosen = functional.choose(
                 x, dtype, hidden, peephole=self.peephole, lengths=lengths, live_parts=live, backend=self.backend
             )
+            bias = self.bias  # of the input transition
+            if chosen.adds_bias:
+                hidden, bias = hidden.with_bias(bias).to(dtype), None
             masks = None if self.attention is None else self.masks(flow, dtype)
-            weights = self.input_weights(dtype) if masks is None else None
+            weights = None
+            if masks is None and not self.input_transition.live_parts:
+                weights = self.input_transition.weights().with_bias(bias).to(dtype)
 
             training = self.training
 
@@ -164,7 +169,7 @@ class MKConvLSTMCell(nn.Module):
                 if weights is not None:
                     return unfold(transition(images, weights, dtype, recompute=recompute))
                 z = self.input_transition(channels_last(images.to(dtype)), masks, update_statistics)
-                return unfold(z if self.bias is None else z + self.bias.to(dtype)[:, None, None])
+                return unfold(z if bias is None else z + bias.to(dtype)[:, None, None])
 
             h, h_n, c_n = functional.sequence(
                 chosen,
@@ -172,7 +177,7 @@ class MKConvLSTMCell(nn.Module):
                 hidden,
                 h_0,
                 c_0,
-                recompute_z=Recomputation(preactivations, x, *self.input_transition.parameters(), self.bias),
+                recompute_z=Recomputation(preactivations, x, *self.input_transition.parameters(), bias),
                 peephole=self.peephole,
                 output_peephole=self.output_peephole,
                 lengths=lengths,
@@ -180,12 +185,6 @@ class MKConvLSTMCell(nn.Module):
             )
         self.last_backend = chosen.name
         return h, h_n, c_n
-
-    def input_weights(self, dtype: torch.dtype):
-        """The input transition and the bias as plain tensors, or None where the transition has live parts."""
-        if self.input_transition.live_parts:
-            return None
-        return self.input_transition.weights().with_bias(self.bias).to(dtype)
 
     def masks(self, flow: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """Flow masks of all steps, in ``dtype``: for each branch [B*T, C or 1, H, W] or None."""

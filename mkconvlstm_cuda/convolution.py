@@ -95,14 +95,14 @@ class TransitionWeights:
         return self.from_tensors(same, self.dilations, self.mix_tanh)
 
     def with_bias(self, bias: Tensor | None) -> TransitionWeights:
-        """Add ``bias`` [4F] to the transition's output, at the last convolution, where it costs nothing."""
+        """Add ``bias`` [4F], or None, to the transition's output, at the last convolution."""
         if bias is None:
             return self
         if self.mix is not None:
             return replace(self, mix_bias=bias if self.mix_bias is None else self.mix_bias + bias)
-        parts = deinterleave(bias[None, :, None, None], self.sizes)
+        parts = (part.flatten() for part in bias.view(4, -1).split(self.sizes, dim=1))
         branches = tuple(
-            replace(b, bias=part.flatten() if b.bias is None else b.bias + part.flatten())
+            replace(b, bias=part if b.bias is None else b.bias + part)
             for b, part in zip(self.branches, parts, strict=True)
         )
         return replace(self, branches=branches)

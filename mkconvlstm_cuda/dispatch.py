@@ -45,6 +45,7 @@ class Backend:
     supports: Callable[[Problem], str | None]
     forward: Callable | None = None
     backward: Callable | None = None
+    adds_bias: bool = False  # whether the hidden transition's bias costs nothing, so that b is better there
 
 
 class Refusal(ValueError):
@@ -70,6 +71,7 @@ BACKENDS: dict[str, Backend] = {
             triton_backend.supports,
             triton_backend.forward,
             triton_backend.backward,
+            adds_bias=True,
         ),
         Backend("cuda", cuda_backend.available, cuda_backend.supports, cuda_backend.forward, cuda_backend.backward),
         Backend("aten", _yes, _weights_only, aten.forward, aten.backward),

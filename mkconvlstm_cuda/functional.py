@@ -64,11 +64,16 @@ def mkconvlstm(
             check_same_kind("x", x, f"{name}[{r}]", w)
     check_same_kind("x", x, "bias", bias)
     dtype = compute_dtype(x, input_weights[0])
-    w_x = TransitionWeights(tuple(BranchWeights(w) for w in input_weights)).with_bias(bias).to(dtype)
-    w_h = TransitionWeights(tuple(BranchWeights(w) for w in hidden_weights)).to(dtype)
+    w_x = TransitionWeights(tuple(BranchWeights(w) for w in input_weights))
+    w_h = TransitionWeights(tuple(BranchWeights(w) for w in hidden_weights))
     check_peephole(peephole, output_peephole, hidden_channels, x)
     h_0, c_0 = check_state(state, (x.shape[0], hidden_channels, *x.shape[3:]), dtype, x)
     chosen = choose(x, dtype, w_h, peephole=peephole, backend=backend)
+    if chosen.adds_bias:
+        w_h = w_h.with_bias(bias)
+    else:
+        w_x = w_x.with_bias(bias)
+    w_x, w_h = w_x.to(dtype), w_h.to(dtype)
 
     def preactivations() -> Tensor:
         images = x.flatten(0, 1)

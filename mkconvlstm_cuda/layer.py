@@ -173,6 +173,8 @@ class MKConvLSTM(nn.Module):
     def step(self, x_t: Tensor, state: State | None = None, flow: Tensor | None = None) -> tuple[Tensor, State]:
         """One frame of a stream; T calls give what :meth:`forward` gives for T frames.
 
+        Every call lays the weights out channels-last; ``layer.to(memory_format=torch.channels_last)`` does it once.
+
         Args:
             x_t: [B, C, H, W].
             state: what the last call returned; None at the start.

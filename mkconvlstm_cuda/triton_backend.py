@@ -35,16 +35,23 @@ def supports(problem) -> str | None:
         return "its hidden transition has 1x1 bottlenecks"
     if problem.mix is not None or problem.mix_tanh:
         return "its hidden transition has a 1x1 mix or an activation"
+    pixels = problem.height * problem.width
+    if max(problem.batch * pixels, 4 * sum(problem.hidden_sizes) * pixels) >= 2**31:
+        return "an image, or all pixels of a step, would need more than 31 bits to count"
     return None
 
 
-def forward(*args):
+def forward(z, *args):
+    """See :func:`aten.forward`."""
     from .triton_kernels import launch
 
-    return launch.forward(*args)
+    with torch.cuda.device_of(z):
+        return launch.forward(z, *args)
 
 
-def backward(*args):
+def backward(gates, *args):
+    """See :func:`aten.backward`."""
     from .triton_kernels import launch
 
-    return launch.backward(*args)
+    with torch.cuda.device_of(gates):
+        return launch.backward(gates, *args)

@@ -1,0 +1,206 @@
+"""The recurrence backward: each step's data gradient of all kernel sizes, then the previous step's gate backward."""
+
+import triton
+import triton.language as tl
+
+from .convolve import SEGMENT, accumulate, store_partial, sum_slots
+from .gates import gate_backward, grid_barrier, load_peephole, locate, round_to_tf32, widen
+
+
+@triton.jit
+def update_gradients(
+    step,
+    partial_ptr,
+    slot,  # this tile's partial sums: the gradient of h_t through step t + 1
+    slots,
+    m_tile,
+    row_first,
+    channel_first,
+    channel_end,
+    z_ptr,
+    z_stride_b,
+    z_stride_t,
+    c_ptr,
+    c_0_ptr,
+    dh_ptr,
+    dh_stride_b,
+    dh_stride_t,
+    dh_stride_f,
+    dh_stride_p,
+    dc_ptr,
+    dc_n_ptr,
+    dh_0_ptr,
+    lengths_ptr,
+    peephole_ptr,
+    steps,
+    rows,
+    pixels,
+    hidden,
+    fault,
+    HAS_DH: tl.constexpr,
+    HAS_DC_N: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_H_0: tl.constexpr,
+    HAS_C_0: tl.constexpr,
+    PEEPHOLE: tl.constexpr,
+    CURRENT: tl.constexpr,
+    ROUND: tl.constexpr,
+    PIXEL_RUN: tl.constexpr,
+    CHANNEL_RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FINISH_M: tl.constexpr,
+):
+    """Gate backward of FINISH_M pixels of a tile, ``row_first ..``; at step -1 dh_0; pointers as in the kernel."""
+    p = m_tile * BLOCK_M + row_first + tl.arange(0, FINISH_M)
+    b, pixel, channel, mask = locate(p, channel_first, channel_end, rows, pixels, PIXEL_RUN, CHANNEL_RUN, CHANNELS)
+    inner = (pixel * hidden)[:, None] + channel[None, :]
+    image = (b * pixels * hidden)[:, None] + inner
+    kind: tl.constexpr = z_ptr.dtype.element_ty
+    if step < 0:
+        if HAS_H_0:
+            dh = sum_slots(partial_ptr, slot, slots, row_first, BLOCK_M, CHANNELS, FINISH_M) + fault
+            tl.store(dh_0_ptr + image, dh.to(kind), mask=mask)
+    else:
+        # All loads before the first use, so that they wait together.
+        z = z_ptr + step * z_stride_t + (b * z_stride_b + pixel * (4 * hidden))[:, None] + channel[None, :]
+        i = tl.load(z, mask=mask, other=0.0)
+        f = tl.load(z + hidden, mask=mask, other=0.0)
+        g = tl.load(z + 2 * hidden, mask=mask, other=0.0)
+        o = tl.load(z + 3 * hidden, mask=mask, other=0.0)
+        c = c_ptr + (b * steps * pixels * hidden)[:, None] + inner + step * pixels * hidden
+        c_t = tl.load(c, mask=mask, other=0.0)
+        c_prev = tl.load(c - pixels * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0).to(tl.float32)
+        dc = tl.load(dc_ptr + image, mask=mask & (step + 0 * channel < steps - 1)[None, :], other=0.0)
+        if HAS_DH:
+            dh_row = (b * dh_stride_b + step * dh_stride_t + pixel * dh_stride_p)[:, None]
+            dh_out = tl.load(dh_ptr + dh_row + (channel * dh_stride_f)[None, :], mask=mask, other=0.0)
+        dh = sum_slots(partial_ptr, slot, slots, row_first, BLOCK_M, CHANNELS, FINISH_M) + fault
+        if HAS_DH:
+            dh += dh_out.to(tl.float32)
+        if HAS_C_0:
+            c_prev += tl.load(c_0_ptr + image, mask=mask & (step + 0 * channel == 0)[None, :], other=0.0)
+        if HAS_DC_N:  # the gradient of c from outside, at each sequence's last step
+            length = tl.load(lengths_ptr + b, mask=p < rows, other=0) if HAS_LENGTHS else tl.where(p < rows, steps, 0)
+            dc += tl.load(dc_n_ptr + image, mask=mask & (length == step + 1)[:, None], other=0.0)
+        w_ci = load_peephole(peephole_ptr, 0, channel, pixel, mask, hidden, pixels, PEEPHOLE)
+        w_cf = load_peephole(peephole_ptr, 1, channel, pixel, mask, hidden, pixels, PEEPHOLE)
+        w_co = load_peephole(peephole_ptr, 2, channel, pixel, mask, hidden, pixels, PEEPHOLE)
+        dz_i, dz_f, dz_g, dz_o, dc = gate_backward(
+            i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32), c_prev, c_t.to(tl.float32),
+            dh, dc, w_ci, w_cf, w_co, PEEPHOLE > 0, CURRENT,
+        )  # fmt: skip
+        tl.store(z, round_to_tf32(dz_i) if ROUND else dz_i.to(kind), mask=mask)
+        tl.store(z + hidden, round_to_tf32(dz_f) if ROUND else dz_f.to(kind), mask=mask)
+        tl.store(z + 2 * hidden, round_to_tf32(dz_g) if ROUND else dz_g.to(kind), mask=mask)
+        tl.store(z + 3 * hidden, round_to_tf32(dz_o) if ROUND else dz_o.to(kind), mask=mask)
+        tl.store(dc_ptr + image, dc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_step", "last_step", "steps", "units"])
+def backward_kernel(
+    z_ptr,  # [B, T, H, W, 4F], strides below: gates, overwritten by the gradients of the pre-activations
+    z_stride_b,
+    z_stride_t,
+    c_ptr,  # [B, T, H, W, F]
+    c_0_ptr,  # [B, H, W, F] float32, read if HAS_C_0
+    dh_ptr,  # [B, T, F, H*W], strides below: gradient of h from outside, read if HAS_DH
+    dh_stride_b,
+    dh_stride_t,
+    dh_stride_f,
+    dh_stride_p,
+    dc_ptr,  # [B, H, W, F] float32, written: dc_0 at the end
+    dc_n_ptr,  # [B, H, W, F] float32, read if HAS_DC_N
+    dh_0_ptr,  # [B, H, W, F], written if HAS_H_0
+    lengths_ptr,  # [B] int64, read if HAS_LENGTHS
+    weights,  # descriptor of the packed weights
+    peephole_ptr,  # [3, F, 1 or H*W] float32, read if PEEPHOLE
+    partial_ptr,  # [slots, BLOCK_M, BLOCK_N] float32, scratch; one slot a program if not SPLIT
+    segment_ptr,  # [segments, SEGMENT] int32
+    program_ptr,  # [programs + 1] int32: each program's segments
+    tile_ptr,  # [tiles, 5] int32: m_tile, first slot, slots, first channel, end of channels
+    counter_ptr,  # [1] int32, 0 at the launch: the grid barrier's, if PERSISTENT
+    first_step,
+    last_step,
+    steps,
+    rows,  # B*H*W
+    height,
+    width,
+    hidden,
+    units,  # tiles times BLOCK_M // FINISH_M
+    CONVOLVE: tl.constexpr,
+    FINISH: tl.constexpr,
+    PERSISTENT: tl.constexpr,  # all programs are resident: barriers between steps and phases
+    SPLIT: tl.constexpr,  # tiles are summed from pieces: a phase of its own finishes them
+    HAS_DH: tl.constexpr,
+    HAS_DC_N: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_H_0: tl.constexpr,
+    HAS_C_0: tl.constexpr,
+    PEEPHOLE: tl.constexpr,
+    CURRENT: tl.constexpr,
+    ROUND: tl.constexpr,  # gradients to TF32, to nearest
+    PRECISION: tl.constexpr,
+    WHOLE_RUNS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    VEC: tl.constexpr,
+    PIXEL_RUN: tl.constexpr,
+    CHANNEL_RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FINISH_M: tl.constexpr,  # pixels of a tile that are finished at a time
+):
+    """Steps T-1 - ``first_step`` down to T - ``last_step``; step -1 makes dh_0."""
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    first = tl.load(program_ptr + program)
+    last = tl.load(program_ptr + program + 1)
+    pixels = height * width
+    fault = 0.0
+    arrivals = 0
+    for done in range(first_step, last_step):
+        step = steps - 1 - widen(done)
+        if CONVOLVE:
+            dz = z_ptr + (step + 1) * z_stride_t
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            for s in range(first, last):
+                row = segment_ptr + s * SEGMENT
+                acc = tl.where(tl.load(row + 4) != 0, 0.0, acc)  # the first segment of a sum
+                acc = accumulate(
+                    acc, row, step < steps - 1, dz, z_stride_b, 4 * hidden, hidden, weights, rows, height, width,
+                    True, WHOLE_RUNS, EVEN_K, VEC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                if tl.load(row + 5) != 0:  # the last
+                    slot = tl.load(row + 3)
+                    store_partial(partial_ptr, slot, acc, BLOCK_M, BLOCK_N)
+                    if not SPLIT:  # nobody else has a share in this tile
+                        tl.debug_barrier()
+                        for row_first in range(0, BLOCK_M, FINISH_M):
+                            update_gradients(
+                                step, partial_ptr, slot, 1, tl.load(row), row_first, tl.load(row + 6), tl.load(row + 7),
+                                z_ptr, z_stride_b, z_stride_t, c_ptr, c_0_ptr,
+                                dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
+                                dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr, peephole_ptr, steps, rows, pixels, hidden,
+                                fault, HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
+                                PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M,
+                            )  # fmt: skip
+                        tl.debug_barrier()
+            if PERSISTENT and SPLIT:
+                arrivals += programs
+                fault = grid_barrier(counter_ptr, arrivals, fault)
+        if FINISH:
+            for unit in range(program, units, programs):
+                tile = tile_ptr + unit // (BLOCK_M // FINISH_M) * 5
+                row_first = unit % (BLOCK_M // FINISH_M) * FINISH_M
+                update_gradients(
+                    step, partial_ptr, tl.load(tile + 1), tl.load(tile + 2), tl.load(tile), row_first,
+                    tl.load(tile + 3), tl.load(tile + 4), z_ptr, z_stride_b, z_stride_t, c_ptr, c_0_ptr,
+                    dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
+                    dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr, peephole_ptr, steps, rows, pixels, hidden,
+                    fault, HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
+                    PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M,
+                )  # fmt: skip
+        if PERSISTENT:
+            arrivals += programs
+            fault = grid_barrier(counter_ptr, arrivals, fault)

@@ -1,0 +1,169 @@
+"""The convolution of all kernel sizes as one matrix product, in pieces that a plan lists (see ``plan.py``)."""
+
+import triton
+import triton.language as tl
+
+SEGMENT = tl.constexpr(18)  # integers a segment: plan.Segment's fields in their order
+
+
+@triton.jit
+def accumulate(
+    acc,  # [BLOCK_M, BLOCK_N] float32
+    row,  # -> one segment, [SEGMENT] int32
+    active,  # False: the image is all zeros, add nothing
+    image_ptr,  # [B, H*W, channels] of one step, channels innermost
+    image_stride_b,
+    image_stride_p,
+    run_stride,  # channels from one gate's run to the next (GATED)
+    weights,  # descriptor of [iterations of all tiles, BLOCK_N, BLOCK_K], flattened to two dimensions: see launch.py
+    rows,  # B*H*W
+    height,
+    width,
+    GATED: tl.constexpr,  # k runs over (gate, channel of the branch) rather than over all channels
+    WHOLE_RUNS: tl.constexpr,  # blocks of k and gates' runs of channels divide one another
+    EVEN_K: tl.constexpr,  # every depth is a multiple of BLOCK_K
+    VEC: tl.constexpr,  # channel offsets come in aligned groups of this many
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``acc`` plus iterations ``k_first .. k_last`` of one branch: blocks of BLOCK_K channels, taps innermost."""
+    m_tile = tl.load(row)
+    k_first = tl.load(row + 1)
+    k_last = tl.where(active, tl.load(row + 2), k_first)
+    weight_first = tl.load(row + 8)
+    kernel_h = tl.load(row + 9)
+    kernel_w = tl.load(row + 10)
+    first_y = tl.load(row + 11)
+    first_x = tl.load(row + 12)
+    step_y = tl.load(row + 13)
+    step_x = tl.load(row + 14)
+    depth = tl.load(row + 15)
+    run = tl.load(row + 16)
+    run_first = tl.load(row + 17)
+
+    # This tile's pixels, and where they lie.
+    p = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel = p % (height * width)
+    y = tl.where(p < rows, pixel // width, -(1 << 28))  # beyond the last row: outside the image for every tap
+    x = pixel % width
+    image_rows = image_ptr + (p // (height * width)).to(tl.int64) * image_stride_b + pixel * image_stride_p
+
+    k = tl.arange(0, BLOCK_K)
+    k_channel = k
+    if GATED and WHOLE_RUNS:
+        k_channel = tl.multiple_of(tl.max_contiguous(k // run * run_stride + k % run, VEC), VEC)
+    taps = kernel_h * kernel_w
+    block = k_first // taps
+    tap_y = k_first % taps // kernel_w
+    tap_x = k_first % taps % kernel_w
+    for it in range(k_first, k_last):
+        dy = first_y + tap_y * step_y
+        dx = first_x + tap_x * step_x
+        inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
+        base = block * BLOCK_K
+        if GATED:
+            if WHOLE_RUNS:
+                channel = tl.multiple_of(run_first + base // run * run_stride + base % run, VEC) + k_channel
+            else:
+                channel = run_first + (base + k) // run * run_stride + (base + k) % run
+        else:
+            channel = base + k
+        mask = inside[:, None]
+        if not EVEN_K:
+            mask = mask & (base + k < depth)[None, :]
+        shift = (dy * width + dx) * image_stride_p
+        a = tl.load(image_rows[:, None] + (shift + channel)[None, :], mask=mask, other=0.0)
+        w = weights.load([(weight_first + it) * BLOCK_N, 0])
+        acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
+
+        tap_x += 1
+        tap_y = tl.where(tap_x == kernel_w, tap_y + 1, tap_y)
+        tap_x = tl.where(tap_x == kernel_w, 0, tap_x)
+        block = tl.where(tap_y == kernel_h, block + 1, block)
+        tap_y = tl.where(tap_y == kernel_h, 0, tap_y)
+    return acc
+
+
+@triton.jit
+def store_partial(partial_ptr, slot, acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``acc`` to ``partial_ptr`` [slots, BLOCK_M, BLOCK_N] float32."""
+    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(partial_ptr + slot.to(tl.int64) * (BLOCK_M * BLOCK_N) + offsets, acc)
+
+
+@triton.jit
+def partial_pointers(
+    partial_ptr,
+    slot,
+    row_first,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Pointers [ROWS, COLUMNS] into one slot, to rows ``row_first ..`` and the first columns."""
+    offsets = (row_first + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, COLUMNS)[None, :]
+    return partial_ptr + slot.to(tl.int64) * (BLOCK_M * BLOCK_N) + offsets
+
+
+@triton.jit
+def load_four(pointers, stride, count):
+    """What lies at ``pointers`` and 1, 2 and 3 strides on, zeros from ``count`` on; from L2."""
+    there = count + tl.zeros(pointers.shape, dtype=tl.int32)
+    first = tl.load(pointers, mask=there > 0, other=0.0, cache_modifier=".cg")
+    second = tl.load(pointers + stride, mask=there > 1, other=0.0, cache_modifier=".cg")
+    third = tl.load(pointers + 2 * stride, mask=there > 2, other=0.0, cache_modifier=".cg")
+    fourth = tl.load(pointers + 3 * stride, mask=there > 3, other=0.0, cache_modifier=".cg")
+    return first, second, third, fourth
+
+
+@triton.jit
+def sum_gates(
+    partial_ptr,
+    slot,
+    slots,
+    row_first,
+    BLOCK_M: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A tile's gates, [ROWS, CHANNELS] each: the sums of its slots, always in the same order."""
+    pointers = partial_pointers(partial_ptr, slot, row_first, BLOCK_M, 4 * CHANNELS, ROWS, CHANNELS)
+    u_i = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    u_f = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    u_g = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    u_o = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
+    for s in range(0, slots, 2):
+        i, f, g, o = load_four(pointers, CHANNELS, 4)
+        next_i, next_f, next_g, next_o = load_four(pointers + BLOCK_M * 4 * CHANNELS, CHANNELS, 4 * (slots - s - 1))
+        tl.debug_barrier()  # keeps the compiler from delaying each load until its use
+        u_i += i + next_i
+        u_f += f + next_f
+        u_g += g + next_g
+        u_o += o + next_o
+        pointers += 2 * BLOCK_M * 4 * CHANNELS
+    return u_i, u_f, u_g, u_o
+
+
+@triton.jit
+def sum_slots(
+    partial_ptr,
+    slot,
+    slots,
+    row_first,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Rows of a tile, [ROWS, BLOCK_N]: the sum of its slots, always in the same order."""
+    pointers = partial_pointers(partial_ptr, slot, row_first, BLOCK_M, BLOCK_N, ROWS, BLOCK_N)
+    total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
+    for s in range(0, slots, 8):
+        a, b, c, d = load_four(pointers, BLOCK_M * BLOCK_N, slots - s)
+        e, f, g, h = load_four(pointers + 4 * BLOCK_M * BLOCK_N, BLOCK_M * BLOCK_N, slots - s - 4)
+        tl.debug_barrier()  # keeps the compiler from delaying each load until its use
+        total += (a + b + (c + d)) + (e + f + (g + h))
+        pointers += 8 * BLOCK_M * BLOCK_N
+    return total

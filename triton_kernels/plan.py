@@ -1,0 +1,300 @@
+"""Problem -> configuration and schedule. Pure functions, no torch, no Triton: tested without a GPU."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, fields, replace
+from math import gcd
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One branch of the hidden transition."""
+
+    channels: int  # F_r
+    height: int
+    width: int
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        return self.dilation[0] * (self.height - 1) // 2, self.dilation[1] * (self.width - 1) // 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration depends on; the number of steps is not among it."""
+
+    batch: int
+    height: int
+    width: int
+    kernels: tuple[Kernel, ...]
+    element_size: int  # bytes
+    tensor_cores: bool  # False: float32 at full precision
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.height * self.width
+
+    @property
+    def hidden(self) -> int:
+        return sum(k.channels for k in self.kernels)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one pass runs."""
+
+    block_m: int  # pixels
+    block_n: int  # forward: gate columns, 4 a channel; backward: channels
+    block_k: int  # channels of one tap
+    split: bool  # tiles are cut along k into equal shares, and summed by a phase of their own
+    warps: int = 8
+    stages: int = 4
+    programs_per_sm: int = 1
+
+    @property
+    def registers(self) -> int | None:
+        """Most that a thread may use, where several programs share a multiprocessor's 65536."""
+        return None if self.programs_per_sm == 1 else min(255, 65536 // (32 * self.warps * self.programs_per_sm))
+
+    def finish_m(self, channels: int, pixels: int) -> int:
+        """Pixels of a tile that are finished at a time: at most 8 elements a thread, fewer to occupy all programs.
+
+        ``channels`` are those of a tile, ``pixels`` what each program has to finish of such tiles.
+        """
+        threads = 32 * self.warps
+        return max(8, min(self.block_m, 8 * threads // channels, power_of_two(pixels, 1, self.block_m)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One branch's share of a tile's sum: all its taps and channels."""
+
+    channel_first: int  # the tile's output channels
+    channel_end: int
+    weight: int  # the first of its blocks of packed weights, one an iteration
+    kernel_h: int
+    kernel_w: int
+    first_y: int  # where the first tap reads, relative to the pixel
+    first_x: int
+    step_y: int  # from tap to tap
+    step_x: int
+    depth: int  # channels of one tap
+    run: int  # of which so many lie side by side
+    run_first: int  # first of them in the image
+
+    def iterations(self, block_k: int) -> int:
+        return self.kernel_h * self.kernel_w * -(-self.depth // block_k)
+
+
+@dataclass(frozen=True)
+class Segment(Part):
+    """Iterations of one part for one block of pixels; its integers are what a kernel reads."""
+
+    m_tile: int = 0
+    k_first: int = 0
+    k_last: int = 0
+    slot: int = 0  # where the sum is stored, when tiles are cut
+    is_first: int = 1  # of its sum
+    is_last: int = 1
+
+    def row(self) -> list[int]:
+        head = (self.m_tile, self.k_first, self.k_last, self.slot, self.is_first, self.is_last)
+        return [*head, *(getattr(self, f.name) for f in fields(Part))]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who computes what in one step."""
+
+    segments: tuple[Segment, ...]
+    programs: tuple[int, ...]  # [programs + 1]: each program's first segment
+    tiles: tuple[tuple[int, int, int, int, int], ...]  # m_tile, first slot, slots, first channel, end of channels
+    slots: int
+
+
+def forward_tiles(problem: Problem, config: Config) -> list[list[Part]]:
+    """The tiles of one block of pixels, each the sum of one part, in the order of their packed weights."""
+    tiles, weight, channel_0, channels = [], 0, 0, config.block_n // 4
+    for k in problem.kernels:
+        for first in range(0, k.channels, channels):
+            end = min(first + channels, k.channels)
+            part = Part(
+                channel_0 + first, channel_0 + end, weight, k.height, k.width, -k.padding[0], -k.padding[1],
+                *k.dilation, problem.hidden, problem.hidden, 0,
+            )  # fmt: skip
+            tiles.append([part])
+            weight += part.iterations(config.block_k)
+        channel_0 += k.channels
+    return tiles
+
+
+def backward_tiles(problem: Problem, config: Config) -> list[list[Part]]:
+    """As :func:`forward_tiles`; here a tile is a sum over all branches, and weights are packed branch by branch."""
+    firsts = range(0, problem.hidden, config.block_n)
+    tiles: list[list[Part]] = [[] for _ in firsts]
+    weight, channel_0 = 0, 0
+    for k in problem.kernels:
+        for tile, first in zip(tiles, firsts, strict=True):
+            end = min(first + config.block_n, problem.hidden)
+            part = Part(
+                first, end, weight, k.height, k.width, *k.padding, -k.dilation[0], -k.dilation[1],
+                4 * k.channels, k.channels, channel_0,
+            )  # fmt: skip
+            tile.append(part)
+            weight += part.iterations(config.block_k)
+        channel_0 += k.channels
+    return tiles
+
+
+def schedule(problem: Problem, config: Config, tiles: list[list[Part]], programs: int) -> Schedule:
+    """Share the tiles of all blocks of pixels out to at most ``programs`` programs, evenly."""
+    m_tiles = -(-problem.rows // config.block_m)
+    return cut(m_tiles, tiles, config, programs) if config.split else deal(m_tiles, tiles, config, programs)
+
+
+def deal(m_tiles: int, tiles: list[list[Part]], config: Config, programs: int) -> Schedule:
+    """Whole tiles, the heaviest first, each to the program that has least."""
+    work = sorted(
+        ((m, tile) for tile in tiles for m in range(m_tiles)),
+        key=lambda item: -sum(part.iterations(config.block_k) for part in item[1]),
+    )
+    programs = min(programs, len(work))
+    shares: list[list[Segment]] = [[] for _ in range(programs)]
+    loads = [(0, p) for p in range(programs)]  # a heap
+    for m, tile in work:
+        load, p = loads[0]
+        for n, part in enumerate(tile):
+            count = part.iterations(config.block_k)
+            shares[p].append(
+                Segment(**vars(part), m_tile=m, k_last=count, slot=p, is_first=n == 0, is_last=n == len(tile) - 1)
+            )
+            load += count
+        heapq.heapreplace(loads, (load + TILE_COST, p))
+    return Schedule(tuple(s for share in shares for s in share), starts(shares), (), programs)
+
+
+TILE_COST = 4  # iterations that starting and finishing a piece cost
+
+
+def cut(m_tiles: int, tiles: list[list[Part]], config: Config, programs: int) -> Schedule:
+    """All tiles' iterations in a row, cut into equal shares; a cut close to a tile's end moves there."""
+    candidates = {programs, max(1, programs // m_tiles) * m_tiles if m_tiles <= programs else programs}
+    best = None
+    for count in sorted(candidates):
+        for tolerance in (0.0, 0.05, 0.1, 0.15):
+            shares, summed, slots = cut_evenly(m_tiles, tiles, config.block_k, count, tolerance)
+            cost = max(sum(s.k_last - s.k_first + TILE_COST * s.is_first for s in share) for share in shares)
+            if best is None or cost < best[0]:
+                best = cost, shares, summed, slots
+    _, shares, summed, slots = best
+    return Schedule(tuple(s for share in shares for s in share), starts(shares), tuple(summed), slots)
+
+
+def cut_evenly(m_tiles: int, tiles: list[list[Part]], block_k: int, programs: int, tolerance: float):
+    """Each program's segments, the tiles' sums, and the number of slots."""
+    lengths = [sum(part.iterations(block_k) for part in tile) for tile in tiles]
+    total = m_tiles * sum(lengths)
+    programs = min(programs, total)
+    share = total / programs
+    ends = []  # of every tile, in iterations from the start
+    for _ in range(m_tiles):
+        for length in lengths:
+            ends.append((ends[-1] if ends else 0) + length)
+    cuts, tile = [0], 0
+    for p in range(1, programs + 1):
+        wanted = round(p * share)
+        while tile < len(ends) - 1 and ends[tile] < wanted:
+            tile += 1
+        near = [e for e in ends[max(0, tile - 1) : tile + 1] if abs(e - wanted) <= tolerance * share]
+        cuts.append(max(cuts[-1], min(near, key=lambda e: abs(e - wanted)) if near else wanted))
+    shares: list[list[Segment]] = [[] for _ in range(programs)]
+    summed, slot, position, p = [], 0, 0, 0
+    for m in range(m_tiles):
+        for tile_parts in tiles:
+            first_slot, piece_program = slot, None
+            for part in tile_parts:
+                k, count = 0, part.iterations(block_k)
+                while k < count:
+                    while cuts[p + 1] <= position:
+                        p += 1
+                    size = min(count - k, cuts[p + 1] - position)
+                    new = piece_program != p
+                    if new and piece_program is not None:
+                        slot += 1
+                    shares[p].append(
+                        Segment(**vars(part), m_tile=m, k_first=k, k_last=k + size, slot=slot, is_first=new, is_last=1)
+                    )
+                    if not new:
+                        mark_unfinished(shares[p])
+                    piece_program = p
+                    k, position = k + size, position + size
+            slot += 1
+            summed.append((m, first_slot, slot - first_slot, tile_parts[0].channel_first, tile_parts[0].channel_end))
+    return [s for s in shares if s], summed, slot
+
+
+def mark_unfinished(share: list[Segment]) -> None:
+    """The last but one segment's sum goes on in the last."""
+    share[-2] = replace(share[-2], is_last=0)
+
+
+def starts(shares: list[list[Segment]]) -> tuple[int, ...]:
+    """Running total of the shares' lengths, from 0."""
+    out = [0]
+    for share in shares:
+        out.append(out[-1] + len(share))
+    return tuple(out)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def power_of_two(n: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least ``n``, within limits."""
+    return max(least, min(most, 1 << max(0, n - 1).bit_length()))
+
+
+def run_of(limit: int, *numbers: int) -> int:
+    """The largest power of two up to ``limit`` that divides all ``numbers``."""
+    return gcd(limit, *numbers)
+
+
+def choose(problem: Problem, backward: bool, sms: int, shared_memory: int) -> Config:
+    """The configuration of one pass on a device with ``sms`` multiprocessors of ``shared_memory`` bytes each.
+
+    Many tiles: whole ones, several programs a multiprocessor, so that one computes while others load and store. Few:
+    the widest tiles, which load least, cut into equal shares. Very few: small tiles, cut.
+    """
+    channels = [k.channels for k in problem.kernels]
+    columns = problem.hidden if backward else 4 * max(channels)
+    depth = 4 * max(channels) if backward else problem.hidden
+    if not problem.tensor_cores:
+        return Config(64, power_of_two(columns, 16, 64), 16, split=False, warps=4, stages=2)
+    line = 128 // problem.element_size  # channels that fill a swizzled row of shared memory
+    block_k = power_of_two(depth, 16, line)
+    widest = power_of_two(columns, 16, 512 // problem.element_size)
+    m_tiles = -(-problem.rows // 128)
+    taps = sum(k.height * k.width for k in problem.kernels)
+    if m_tiles * taps < 4 * sms:
+        config = Config(64, min(64, widest), block_k, split=True, warps=4)
+    elif not backward and m_tiles * sum(-(-4 * n // 128) for n in channels) > 4 * sms:
+        config = Config(64, min(128, widest), block_k, split=False, warps=4, stages=3, programs_per_sm=3)
+    elif backward and m_tiles > 4 * sms:
+        config = Config(64, min(64, widest), block_k, split=False, warps=4, programs_per_sm=2)
+    elif backward and widest <= 128 and depth >= 2 * line:
+        config = Config(128, widest, 2 * line, split=True, stages=3)
+    else:
+        config = Config(128, widest, block_k, split=True)
+    return fit(config, problem.element_size, shared_memory)
+
+
+def fit(config: Config, element_size: int, shared_memory: int) -> Config:
+    """``config`` with as many stages, and as wide, as shared memory allows."""
+    stage = (config.block_m + config.block_n) * config.block_k * element_size
+    stages = min(config.stages, (shared_memory // config.programs_per_sm - 2048) // stage)
+    if stages < 2 and config.block_n > 16:
+        return fit(replace(config, block_n=config.block_n // 2), element_size, shared_memory)
+    return replace(config, stages=max(1, stages))

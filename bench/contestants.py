@@ -108,5 +108,7 @@ def builders(
     for backend in names:
         table[f"ours, {backend}"] = lambda x, dy, b=backend: Contestant(layer(backend=b).to(dtype), x, dy)
     best = names[0]
+    if device.type == "cuda":
+        table[f"ours, {best}, in a CUDA graph"] = lambda x, dy: Graphed(layer(backend=best).to(dtype), x, dy)
     table[f"ours, {best}, recompute"] = lambda x, dy: Contestant(layer(backend=best, recompute=True).to(dtype), x, dy)
     return table

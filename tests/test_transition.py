@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mkconvlstm_cuda import Branch, MKConvLSTM, Transition, inception_branches
-from mkconvlstm_cuda.convolution import deinterleave, interleave
+from mkconvlstm_cuda.convolution import BranchWeights, branch_forward, channels_last, deinterleave, interleave
 from mkconvlstm_cuda.transition import parse_branches
 
 # The paper's Table III, 512 input channels: input-to-hidden weights and biases.
@@ -117,3 +117,26 @@ def test_dilation_reaches_further():
     x[..., 3, 3] = 1
     touched = layer(x)[0][0, 0, 0].nonzero().tolist()
     assert touched == [[y, x] for y in (1, 3, 5) for x in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 16), (2, 4), (3, 5), (32, 32, 64)], ids=str)
+def test_interleaving_moves_wide_elements_to_the_right_place(sizes, dtype):
+    """Copies of up to 16 bytes an element, where sizes and offsets allow, change nothing."""
+    outputs = [channels_last(torch.randn(3, 4 * n, 4, 5).to(dtype)) for n in sizes]
+    z = interleave(outputs)
+    gates = [torch.cat([o.unflatten(1, (4, -1))[:, g] for o in outputs], 1) for g in range(4)]
+    assert torch.equal(z, torch.cat(gates, 1))
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    later = z.unflatten(0, (1, 3))[:, 1:]  # as the recurrence slices time
+    for whole, part, wanted in zip(deinterleave(z, sizes), deinterleave(later, sizes), outputs, strict=True):
+        assert torch.equal(whole, wanted)
+        assert torch.equal(part[0], wanted[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_many_outputs_are_convolved_in_parts():
+    w = BranchWeights(torch.randn(1032, 16, 3, 3, device="cuda"), torch.randn(1032, device="cuda"))
+    x = channels_last(torch.randn(2, 16, 8, 8, device="cuda"))
+    torch.testing.assert_close(branch_forward(x, w), F.conv2d(x, w.weight, w.bias, padding=1), rtol=1e-2, atol=1e-2)

@@ -44,8 +44,10 @@ def rows(results: dict) -> list[tuple[str, ...]]:
 
 def markdown(results: dict) -> str:
     """The table, and a line that says where it was measured."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
+    table = [COLUMNS, ["---"] * len(COLUMNS), *rows(results)]
+    if results["device_type"] == "cpu":
+        table = [row[:-1] for row in table]  # GPU memory
+    lines = ["| " + " | ".join(row) + " |" for row in table]
     rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in results["peak_tflops"].items())
     where = f"{results['device']}" + (f", {results['threads']} threads" if results["device_type"] == "cpu" else "")
     lines += [

@@ -136,13 +136,18 @@ def widened(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     return parts
 
 
+def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` seen as ``dtype`` again; before torch 2.13 even a view of the same dtype has no gradient."""
+    return t if t.dtype == dtype else t.view(dtype)
+
+
 def interleave(outputs: Sequence[Tensor]) -> Tensor:
     """Join branch outputs [N, 4*F_r, H, W] gate by gate into [N, 4F, H, W], channels-last (the paper's Fig. 4b)."""
     if len(outputs) == 1:
         return channels_last(outputs[0])  # a convolution of one input channel may answer channels-first
     split = [o.permute(0, 2, 3, 1).unflatten(-1, (4, -1)) for o in outputs]  # [N, H, W, 4, F_r]
-    joined = torch.cat(tuple(widened(split)), dim=-1)
-    return joined.view(split[0].dtype).flatten(-2).permute(0, 3, 1, 2)
+    joined = narrowed(torch.cat(tuple(widened(split)), dim=-1), split[0].dtype)
+    return joined.flatten(-2).permute(0, 3, 1, 2)
 
 
 def deinterleave(z: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
@@ -152,7 +157,7 @@ def deinterleave(z: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
         return
     for part in z.movedim(-3, -1).unflatten(-1, (4, -1)).split(list(sizes), dim=-1):
         (wide,) = widened([part])
-        yield wide.flatten(-2).contiguous().view(part.dtype).movedim(-1, -3)
+        yield narrowed(wide.flatten(-2).contiguous(), part.dtype).movedim(-1, -3)
 
 
 def branch_forward(x: Tensor, b: BranchWeights) -> Tensor:

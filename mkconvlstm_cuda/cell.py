@@ -99,7 +99,9 @@ class MKConvLSTMCell(nn.Module):
         """
         functional.check_tensor("x_t", x_t, ("B", "C", "H", "W"), {"C": self.in_channels})
         x = x_t.unsqueeze(1)
-        flow = flow.unsqueeze(1) if isinstance(flow, Tensor) and flow.dim() == 4 else flow
+        if flow is not None:
+            functional.check_tensor("flow", flow, ("B", "flow_channels", "H", "W"))
+            flow = flow.unsqueeze(1)
         self.check_input(x, flow)
         shape = (x.shape[0], self.hidden_channels, *x.shape[3:])
         h_0, c_0 = functional.check_state(state, shape, self.compute_dtype(x), x)

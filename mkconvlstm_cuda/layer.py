@@ -71,8 +71,8 @@ class MKConvLSTM(nn.Module):
         super().__init__()
         if not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_layers: got {num_layers!r}, wanted an int of at least 1")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: got {dropout}, wanted a probability in [0, 1]")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1]")
         self.in_channels, self.num_layers, self.directions = in_channels, num_layers, 2 if bidirectional else 1
         self.bidirectional, self.dropout = bidirectional, dropout
         self.batch_first, self.recompute = batch_first, recompute
@@ -190,7 +190,9 @@ class MKConvLSTM(nn.Module):
             raise ValueError("step: got a bidirectional layer, wanted one that needs no future frames")
         check_tensor("x_t", x_t, ("B", "C", "H", "W"), {"C": self.in_channels})
         time = 1 if self.batch_first else 0
-        flow = flow.unsqueeze(time) if isinstance(flow, Tensor) and flow.dim() == 4 else flow
+        if flow is not None:
+            check_tensor("flow", flow, ("B", "flow_channels", "H", "W"))
+            flow = flow.unsqueeze(time)
         output, state = self(x_t.unsqueeze(time), state, flow)
         return output.squeeze(time), state
 

@@ -78,8 +78,8 @@ def inception_branches(channels: int, bottleneck: int | None = None) -> list[Bra
 
     Use it with ``norm="batch"``, as the paper does.
     """
-    if channels < 4:
-        raise ValueError(f"channels: got {channels}, wanted at least 4, one a branch")
+    if not isinstance(channels, int) or channels < 4:
+        raise ValueError(f"channels: got {channels!r}, wanted an int of at least 4, one a branch")
     shares = [channels // 4 + (r < channels % 4) for r in range(4)]
     narrow = bottleneck or channels // 4
     return [

@@ -37,6 +37,7 @@ CONSTRUCTION = {
     "attention branch": (ValueError, r"attention.branches: got \(7, 7\)", (4, {3: 5}), {"attention": FlowAttention(2, (7,))}),
     "num_layers": (ValueError, "num_layers: got 0", (4, {3: 5}), {"num_layers": 0}),
     "dropout": (ValueError, "dropout: got 1.5", (4, {3: 5}), {"dropout": 1.5}),
+    "dropout a string": (ValueError, "dropout: got '0.1'", (4, {3: 5}), {"dropout": "0.1"}),
     "backend": (ValueError, "backend: got 'gpu', wanted one of", (4, {3: 5}), {"backend": "gpu"}),
 }  # fmt: skip
 
@@ -142,6 +143,15 @@ def test_bad_calls_of_step_and_cell():
     for call in (layer.step, cell):
         with pytest.raises(ValueError, match=r"x_t: got shape \[2, 3, 6, 5\], wanted \[B, C=4, H, W\]"):
             call(X[:, 0, :3])
+
+
+@pytest.mark.parametrize("flow", [X, X[0, 0, :2]], ids=["a sequence", "no batch"])
+def test_flow_of_one_step_has_four_dimensions(flow):
+    options = {"attention": FlowAttention(2)}
+    with pytest.raises(ValueError, match=r"flow: got shape .* \(4 dimensions\)"):
+        MKConvLSTM(4, {3: 2}, **options).step(X[:, 0], flow=flow)
+    with pytest.raises(ValueError, match=r"flow: got shape .* \(4 dimensions\)"):
+        MKConvLSTMCell(4, {3: 2}, **options)(X[:, 0], flow=flow)
 
 
 def test_attention_network_of_wrong_size():

@@ -173,7 +173,12 @@ def bench(
         table.add_row(*row)
     console.print(table)
     folder = Path(measure.__file__).resolve().parent / "reports" if report else output
-    for path in reports.write(results, folder):
+    try:
+        paths = reports.write(results, folder)
+    except ImportError as error:  # the numbers are written by then, the picture is not
+        console.print(f"[red]{escape(str(error))}[/red] (JSON and Markdown are in {folder})")
+        raise typer.Exit(2) from None
+    for path in paths:
         console.print(f"wrote {path}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -67,6 +68,13 @@ def test_bench_writes_a_report(tmp_path):
     assert {r["contestant"] for r in results["records"]} >= {"usual loop", "ours, aten", "ours, aten, recompute"}
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
     assert (tmp_path / "cpu.md").read_text().count("cpu_mnist_57") == len(results["records"])
+
+
+def test_bench_without_matplotlib_keeps_its_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    args = ("cpu_mnist_57", "--dtype", "bfloat16", "--seconds", "0.1", "--output", str(tmp_path), "--device", "cpu")
+    assert "pip install matplotlib" in run("bench", *args, code=2)
+    assert (tmp_path / "cpu.json").exists()
 
 
 def test_forecast_writes_everything_and_resumes(tmp_path):

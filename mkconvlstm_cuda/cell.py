@@ -149,9 +149,7 @@ class MKConvLSTMCell(nn.Module):
         with no_autocast(x.device):  # from here every dtype is chosen, not guessed
             live = self.hidden_transition.live_parts
             hidden = self.hidden_transition if live else self.hidden_transition.weights().to(dtype)
-            chosen = functional.choose(
-                x, dtype, hidden, peephole=self.peephole, lengths=lengths, live_parts=live, backend=self.backend
-            )
+            chosen = functional.choose(x, dtype, hidden, live_parts=live, backend=self.backend)
             bias = self.bias  # of the input transition
             if chosen.adds_bias:
                 hidden, bias = hidden.with_bias(bias).to(dtype), None

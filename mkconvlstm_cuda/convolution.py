@@ -1,4 +1,6 @@
-"""A transition's weights, its plain computation, and the gradients of it (DESIGN: ``X`` and ``U``).
+"""A transition's weights, its plain computation, and the gradients of it.
+
+``X`` (input-to-hidden) and ``U`` (hidden-to-hidden) in z_t = X(x_t) + U(h_{t-1}) + b are each a transition.
 
 A transition maps ``[N, C, H, W]`` to gate pre-activations ``[N, 4F, H, W]``, gate-major (all i, all f, all g, all o)::
 
@@ -118,8 +120,8 @@ def channels_last(x: Tensor) -> Tensor:
 def widened(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     """Tensors with contiguous last dimensions as tensors of the widest elements, up to 16 bytes, that fit them all.
 
-    A copy moves element by element where dimensions are permuted: eight half-precision numbers at once are several
-    times as fast as one. Where autograd has to see the copy, and where nothing fits, ``parts`` themselves.
+    A copy moves element by element where dimensions are permuted; so it moves up to eight half-precision numbers at
+    once. Where autograd has to see the copy, and where nothing fits, ``parts`` themselves.
     """
     size = parts[0].element_size()
     if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
@@ -137,7 +139,7 @@ def widened(parts: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` seen as ``dtype`` again; before torch 2.13 even a view of the same dtype has no gradient."""
+    """``t`` seen as ``dtype`` again; on torch 2.11 even a view of the same dtype has no gradient."""
     return t if t.dtype == dtype else t.view(dtype)
 
 

@@ -17,18 +17,12 @@ class Problem:
     device: torch.device
     dtype: torch.dtype
     batch: int
-    steps: int
     height: int
     width: int
     hidden_sizes: tuple[int, ...] = ()  # F_r of each branch of the hidden transition
-    kernel_sizes: tuple[tuple[int, int], ...] = ()  # (kh, kw) of the same
-    dilations: tuple[tuple[int, int], ...] = ()
     bottlenecks: bool = False
-    mix: str | None = None  # None | "gate" | "full"
-    mix_tanh: bool = False
+    mix: bool = False  # a 1x1 mix, after a tanh or not
     live_parts: str | None = None  # parts of the hidden transition that no weight stands for, such as "batch norm"
-    peephole: str | None = None  # None | "channel" | "pixel"
-    lengths: bool = False
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def mkconvlstm(
     w_h = TransitionWeights(tuple(BranchWeights(w) for w in hidden_weights))
     check_peephole(peephole, output_peephole, hidden_channels, x)
     h_0, c_0 = check_state(state, (x.shape[0], hidden_channels, *x.shape[3:]), dtype, x)
-    chosen = choose(x, dtype, w_h, peephole=peephole, backend=backend)
+    chosen = choose(x, dtype, w_h, backend=backend)
     if chosen.adds_bias:
         w_h = w_h.with_bias(bias)
     else:
@@ -164,8 +164,6 @@ def choose(
     dtype: torch.dtype,
     hidden: TransitionWeights | Callable[[Tensor], Tensor],
     *,
-    peephole: Tensor | None = None,
-    lengths: Tensor | None = None,
     live_parts: str | None = None,
     backend: str = "auto",
 ) -> dispatch.Backend:
@@ -173,30 +171,15 @@ def choose(
 
     ``live_parts`` says what weights cannot express, where ``hidden`` is a function. Raises as :func:`dispatch.choose`.
     """
-    batch, steps, _, height, width = x.shape
+    batch, _, _, height, width = x.shape
     known = {}
     if not live_parts:
         known = {
             "hidden_sizes": tuple(hidden.sizes),
-            "kernel_sizes": tuple(tuple(b.weight.shape[2:]) for b in hidden.branches),
-            "dilations": tuple(b.dilation for b in hidden.branches),
             "bottlenecks": any(b.bottleneck is not None for b in hidden.branches),
-            "mix": None if hidden.mix is None else "full" if hidden.mix_groups == 1 else "gate",
-            "mix_tanh": hidden.mix_tanh,
+            "mix": hidden.mix is not None,
         }
-    kind = None if peephole is None else "channel" if peephole.shape[2:] == (1, 1) else "pixel"
-    problem = dispatch.Problem(
-        x.device,
-        dtype,
-        batch,
-        steps,
-        height,
-        width,
-        live_parts=live_parts,
-        peephole=kind,
-        lengths=lengths is not None,
-        **known,
-    )
+    problem = dispatch.Problem(x.device, dtype, batch, height, width, live_parts=live_parts, **known)
     return dispatch.choose(problem, backend)
 
 

@@ -1,7 +1,7 @@
 """The operation's schema: ``torch.ops.mkconvlstm.sequence_forward`` and ``sequence_backward``, with fake kernels.
 
 One call is the whole recurrence over T. ``hidden`` is :meth:`TransitionWeights.tensors`, flat. They are defined with
-``torch.library.Library``, which takes a tenth of a millisecond less a call than ``torch.library.custom_op``.
+``torch.library.Library``, which costs the host less at each call than ``torch.library.custom_op``.
 """
 
 from __future__ import annotations

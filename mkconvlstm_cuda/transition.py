@@ -1,4 +1,4 @@
-"""Transitions as modules (DESIGN section 1): branches, bottlenecks, pooling, norms, mix."""
+"""Transitions as modules (sections III-C and IV-A4): branches, bottlenecks, pooling, norms, mix."""
 
 from __future__ import annotations
 

@@ -132,14 +132,14 @@ def test_float64_and_tensors_elsewhere_are_refused():
     layer = problem.layer("triton")
     with pytest.raises(ValueError, match="float64" if INTERPRETED else "no GPU|runs on GPUs"):
         problem.call(layer, **problem.inputs(layer))
-    assert dispatch.choose(dispatch.Problem(torch.device("cpu"), torch.float64, 1, 1, 1, 1)).name != "triton"
+    assert dispatch.choose(dispatch.Problem(torch.device("cpu"), torch.float64, 1, 1, 1)).name != "triton"
 
 
 def test_images_too_large_are_refused():
     supports = dispatch.BACKENDS["triton"].supports
-    problem = dispatch.Problem(torch.device("cuda"), torch.float16, 1, 1, 2048, 2048, hidden_sizes=(128,))
+    problem = dispatch.Problem(torch.device("cuda"), torch.float16, 1, 2048, 2048, hidden_sizes=(128,))
     assert "31 bits" in supports(problem)
-    assert supports(dispatch.Problem(torch.device("cuda"), torch.float16, 1, 1, 2048, 2048, hidden_sizes=(64,))) is None
+    assert supports(dispatch.Problem(torch.device("cuda"), torch.float16, 1, 2048, 2048, hidden_sizes=(64,))) is None
 
 
 def test_a_second_launch_of_the_like_reuses_the_compiled_kernel(monkeypatch):

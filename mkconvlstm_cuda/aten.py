@@ -2,43 +2,58 @@
 
 It computes what ``reference`` does, in the form that every fused backend shares: gates overwrite the pre-activations,
 gate gradients overwrite the gates, and whatever needs no recurrence (weight gradients, recomputed gates) is done once
-over all T. Images are channels-last in memory, and a step updates them in place.
+over all T. Time is outermost in memory, images are channels-last, and a step updates them in place. Pre-activations,
+gates and their gradients come in parts (see :mod:`convolution`), each seen as [B, T, 4*F_p, H, W].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .convolution import TransitionWeights, channels_last, input_gradient, premix, transition_forward
+from .convolution import (
+    TransitionWeights,
+    channels_last,
+    input_gradient,
+    premix,
+    sequence_of,
+    transition_parts,
+)
 from .reference import accumulate_dtype
 
-RECOMPUTE_CHUNK = 64  # images; bounds what recompute_gates holds beside the gates themselves
+Parts = Sequence[Tensor]
 
 
-def empty_states(like: Tensor, batch: int, steps: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised [B, steps, F, H, W], channels-last, for ``like`` [B, T, 4F, H, W]."""
-    gates, height, width = like.shape[2:]
-    return like.new_empty((batch, steps, height, width, gates // 4), dtype=dtype).permute(0, 1, 4, 2, 3)
+def empty_states(parts: Parts, steps: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [B, steps, F, H, W] for ``parts`` [B, T, 4*F_p, H, W]; time outermost in memory, channels-last."""
+    batch, _, _, height, width = parts[0].shape
+    hidden = sum(p.shape[2] for p in parts) // 4
+    return parts[0].new_empty((steps, batch, height, width, hidden), dtype=dtype).permute(1, 0, 4, 2, 3)
 
 
-def initial_state(state: Tensor | None, z: Tensor, dtype: torch.dtype) -> Tensor:
+def initial_state(state: Tensor | None, parts: Parts, dtype: torch.dtype) -> Tensor:
     """``state`` [B, F, H, W] channels-last in ``dtype``; zeros where it is None."""
-    batch, _, gates, height, width = z.shape
-    if state is None:
-        return channels_last(z.new_zeros((batch, gates // 4, height, width), dtype=dtype))
-    return channels_last(state.to(dtype))
+    return empty_states(parts, 1, dtype)[:, 0].zero_() if state is None else channels_last(state.to(dtype))
 
 
-def previous(states: Tensor, initial: Tensor | None) -> Tensor:
-    """States before each step, [B, T, F, H, W] channels-last: ``initial`` (zeros if None), then all but the last."""
+def previous(states: Tensor, initial: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """States before each step as :func:`time_major` images: ``initial`` (None: zeros), then all but the last."""
     batch, steps, hidden, height, width = states.shape
-    out = states.new_empty((batch, steps, height, width, hidden)).permute(0, 1, 4, 2, 3)
+    out = states.new_empty((steps, batch, height, width, hidden), dtype=dtype).permute(1, 0, 4, 2, 3)
     out[:, 0] = 0 if initial is None else initial
     out[:, 1:] = states[:, :-1]
-    return out
+    return out.transpose(0, 1).flatten(0, 1)
+
+
+def slices(parts: Parts) -> Iterator[tuple[Tensor, slice]]:
+    """Each of ``parts`` [N, 4*F_p, H, W] as [N, 4, F_p, H, W], and which hidden channels are its own."""
+    first = 0
+    for part in parts:
+        gates = part.unflatten(1, (4, -1))
+        yield gates, slice(first, first + gates.shape[2])
+        first += gates.shape[2]
 
 
 def activate(z: Tensor, c_prev: Tensor, peephole: Tensor | None, output_peephole: str) -> Tensor:
@@ -58,24 +73,28 @@ def activate(z: Tensor, c_prev: Tensor, peephole: Tensor | None, output_peephole
 
 
 def gate_step(
-    z: Tensor, u: Tensor | None, c_prev: Tensor, peephole: Tensor | None, output_peephole: str
+    z: Parts, u: Parts, c_prev: Tensor, peephole: Tensor | None, output_peephole: str
 ) -> tuple[Tensor, Tensor]:
-    """Gates and state update of one step; ``z`` [B, 4F, H, W] becomes the gates of ``z + u``.
+    """Gates and state update of one step; ``z``, parts [B, 4*F_p, H, W], become the gates of ``z + u``.
 
-    Returns h [B, F, H, W] in z's dtype and c in the accumulate dtype, channels-last.
+    ``u`` is empty where it would be zero. Returns h [B, F, H, W] in z's dtype and c in the accumulate dtype.
     """
-    gates = z.unflatten(1, (4, -1))
-    a = gates.to(c_prev.dtype)  # z itself where the dtypes agree
-    if u is not None:
-        a += u.unflatten(1, (4, -1))
-    c = activate(a, c_prev, peephole, output_peephole)
-    if a.dtype != z.dtype:
-        gates.copy_(a)
-    return (a[:, 3] * c.tanh()).to(z.dtype), c
+    h, c = torch.empty_like(c_prev, dtype=z[0].dtype), torch.empty_like(c_prev)
+    for p, (gates, channels) in enumerate(slices(z)):
+        a = gates.to(c_prev.dtype)  # z itself where the dtypes agree
+        if u:
+            a += u[p].unflatten(1, (4, -1))
+        weights = None if peephole is None else peephole[:, channels]
+        c_p = activate(a, c_prev[:, channels], weights, output_peephole)
+        if a.dtype != gates.dtype:
+            gates.copy_(a)
+        c[:, channels] = c_p
+        h[:, channels] = a[:, 3] * c_p.tanh_()
+    return h, c
 
 
 def forward(
-    z: Tensor,
+    z: Parts,
     hidden: TransitionWeights,
     h_0: Tensor | None,
     c_0: Tensor | None,
@@ -86,21 +105,21 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence forward; see :mod:`mkconvlstm_cuda.ops`."""
     hidden = hidden.channels_last()
-    batch, steps = z.shape[:2]
-    h, c = initial_state(h_0, z, z.dtype), initial_state(c_0, z, accumulate_dtype(z.dtype))
-    hs = z.new_empty((batch, steps, h.shape[1], *z.shape[3:]))
-    cs = empty_states(z, batch, steps if keep else 1, c.dtype)
+    batch, steps = z[0].shape[:2]
+    h, c = initial_state(h_0, z, z[0].dtype), initial_state(c_0, z, accumulate_dtype(z[0].dtype))
+    hs = z[0].new_empty((batch, steps, *h.shape[1:]))
+    cs = empty_states(z, steps if keep else 1, c.dtype)
     for t in range(steps):
         is_zero = t == 0 and h_0 is None and not hidden.has_bias  # then so is U(h)
-        u = None if is_zero else transition_forward(h, hidden)
-        h, c = gate_step(z[:, t], u, c, peephole, output_peephole)
+        u = [] if is_zero else transition_parts(h, hidden)
+        h, c = gate_step([p[:, t] for p in z], u, c, peephole, output_peephole)
         hs[:, t] = h
         cs[:, t if keep else 0] = c
     return hs, cs
 
 
 def recompute_gates(
-    z: Tensor,
+    z: Parts,
     h: Tensor,
     c: Tensor,
     hidden: TransitionWeights,
@@ -108,22 +127,16 @@ def recompute_gates(
     c_0: Tensor | None,
     peephole: Tensor | None,
     output_peephole: str,
-) -> Tensor:
-    """Gates of all steps at once, written over ``z`` [B, T, 4F, H, W]: every h_{t-1} and c_{t-1} is known by now."""
-    acc, hidden = accumulate_dtype(z.dtype), hidden.channels_last()
-    chunk = max(1, RECOMPUTE_CHUNK // max(1, z.shape[0]))
-    for first in range(0, z.shape[1], chunk):
-        part = slice(first, first + chunk)
-        h_prev = previous(h[:, part], h_0 if first == 0 else h[:, first - 1]).flatten(0, 1)
-        c_prev = previous(c[:, part], c_0 if first == 0 else c[:, first - 1]).flatten(0, 1).to(acc)
-        images = z[:, part].flatten(0, 1)
-        gate_step(images, transition_forward(h_prev, hidden), c_prev, peephole, output_peephole)
-        z[:, part] = images.unflatten(0, h[:, part].shape[:2])
-    return z
+    gate_step: Callable = gate_step,
+) -> None:
+    """Gates of all steps at once, written over ``z``: every h_{t-1} and c_{t-1} is known by now."""
+    h_prev, c_prev = previous(h, h_0, h.dtype), previous(c, c_0, accumulate_dtype(h.dtype))
+    images = [p.transpose(0, 1).flatten(0, 1) for p in z]
+    gate_step(images, transition_parts(h_prev, hidden.channels_last()), c_prev, peephole, output_peephole)
 
 
 def gate_step_backward(
-    gates: Tensor,
+    gates: Parts,
     dh: Tensor | None,
     dh_prev: Tensor | None,
     dc: Tensor,
@@ -132,40 +145,37 @@ def gate_step_backward(
     peephole: Tensor | None,
     output_peephole: str,
 ) -> Tensor:
-    """Backward of :func:`gate_step`: ``gates`` [B, 4F, H, W] become the gradient of the pre-activations.
+    """Backward of :func:`gate_step`: ``gates``, parts [B, 4*F_p, H, W], become the pre-activations' gradient.
 
     ``dh`` and ``dh_prev`` [B, F, H, W] are h_t's gradients from outside and from step t+1, None for zeros; ``dc`` is
     c_t's from step t+1, in the accumulate dtype, as are c_{t-1} and c_t. Returns c_{t-1}'s gradient.
     """
     sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-    gates = gates.unflatten(1, (4, -1))
-    a = gates.to(c.dtype)
-    i, f, g, o = a.unbind(1)
     terms = [channels_last(d).to(c.dtype) for d in (dh, dh_prev) if d is not None]
     dh = sum(terms) if terms else torch.zeros_like(c)
-    tanh_c = c.tanh()
-    dz_o = sigmoid_backward(dh * tanh_c, o)
-    dc = dc + tanh_backward(dh * o, tanh_c)
-    if peephole is not None and output_peephole == "current":
-        dc = dc + peephole[2] * dz_o
-    batch, hidden, height, width = c.shape
-    dz = c.new_empty((batch, height, width, 4, hidden)).permute(0, 3, 4, 1, 2)
-    torch.mul(dc, g, out=dz[:, 0])
-    torch.mul(dc, c_prev, out=dz[:, 1])
-    dz[:, :2] = sigmoid_backward(dz[:, :2], a[:, :2])
-    dz[:, 2] = tanh_backward(dc * i, g)
-    dz[:, 3] = dz_o
-    dc_prev = dc * f
-    if peephole is not None:
-        dc_prev = dc_prev + peephole[0] * dz[:, 0] + peephole[1] * dz[:, 1]
-        if output_peephole == "previous":
-            dc_prev = dc_prev + peephole[2] * dz_o
-    gates.copy_(dz)
+    dc_prev = torch.empty_like(c)
+    for kept, channels in slices(gates):
+        i, f, g, o = kept.to(c.dtype).unbind(1)
+        w_ci, w_cf, w_co = (None,) * 3 if peephole is None else peephole[:, channels]
+        dh_p, tanh_c = dh[:, channels], c[:, channels].tanh()
+        dz_o = sigmoid_backward(dh_p * tanh_c, o)
+        dc_p = dc[:, channels] + tanh_backward(dh_p * o, tanh_c)
+        if peephole is not None and output_peephole == "current":
+            dc_p = dc_p + w_co * dz_o
+        dz_i, dz_f = sigmoid_backward(dc_p * g, i), sigmoid_backward(dc_p * c_prev[:, channels], f)
+        dz_g, dc_p = tanh_backward(dc_p * i, g), dc_p * f
+        if peephole is not None:
+            dc_p = dc_p + w_ci * dz_i + w_cf * dz_f
+            if output_peephole == "previous":
+                dc_p = dc_p + w_co * dz_o
+        for gate, dz in zip(kept.unbind(1), (dz_i, dz_f, dz_g, dz_o), strict=True):
+            gate.copy_(dz)
+        dc_prev[:, channels] = dc_p
     return dc_prev
 
 
 def backward(
-    gates: Tensor,
+    gates: Parts,
     h: Tensor,
     c: Tensor,
     hidden: TransitionWeights,
@@ -180,30 +190,30 @@ def backward(
 ) -> tuple[Tensor | None, Tensor]:
     """The recurrence backward; see :mod:`mkconvlstm_cuda.ops`."""
     hidden = hidden.channels_last()
-    batch, steps = gates.shape[:2]
-    acc = accumulate_dtype(gates.dtype)
+    steps = gates[0].shape[1]
+    acc = accumulate_dtype(gates[0].dtype)
     dc = initial_state(dc_n if lengths is None else None, gates, acc).clone()  # a step may overwrite it
-    v = premix(previous(h, h_0).flatten(0, 1), hidden).unflatten(0, (batch, steps)) if hidden.mix_tanh else None
+    v = sequence_of(premix(previous(h, h_0, h.dtype), hidden), steps) if hidden.mix_tanh else None
     dh_prev = None
     for t in reversed(range(steps)):
         if lengths is not None and dc_n is not None:
             dc = dc + dc_n * (lengths == t + 1).view(-1, 1, 1, 1)
         c_prev = c[:, t - 1].to(acc) if t > 0 else initial_state(c_0, gates, acc)
-        dh_t = None if dh is None else dh[:, t]
-        dc = gate_step_backward(gates[:, t], dh_t, dh_prev, dc, c_prev, c[:, t].to(acc), peephole, output_peephole)
+        dh_t, now = None if dh is None else dh[:, t], [g[:, t] for g in gates]
+        dc = gate_step_backward(now, dh_t, dh_prev, dc, c_prev, c[:, t].to(acc), peephole, output_peephole)
         if t > 0 or h_0 is not None:
-            dh_prev = input_gradient(gates[:, t], hidden, None if v is None else v[:, t])
+            dh_prev = input_gradient(now, hidden, None if v is None else v[:, t])
     return (dh_prev if h_0 is not None else None), dc
 
 
-def peephole_gradient(dz: Tensor, c: Tensor, c_0: Tensor | None, peephole: Tensor, output_peephole: str) -> Tensor:
-    """Gradient of the peepholes [3, F, 1 or H, 1 or W] from ``dz`` [B, T, 4F, H, W] and ``c`` [B, T, F, H, W]."""
-    acc = accumulate_dtype(dz.dtype)
+def peephole_gradient(dz: Parts, c: Tensor, c_0: Tensor | None, peephole: Tensor, output_peephole: str) -> Tensor:
+    """Gradient of the peepholes [3, F, 1 or H, 1 or W], in the accumulate dtype, from all steps' ``dz`` and c."""
+    acc = accumulate_dtype(dz[0].dtype)
     total = torch.zeros((3, *c.shape[2:]), dtype=acc, device=c.device)
-    for t in range(dz.shape[1]):
+    for t in range(c.shape[1]):
         c_prev = c[:, t - 1] if t > 0 else initial_state(c_0, dz, acc)
-        dz_i, dz_f, _, dz_o = dz[:, t].unflatten(1, (4, -1)).unbind(1)
         seen_by_o = c[:, t] if output_peephole == "current" else c_prev
-        for row, (gradient, cell) in enumerate(((dz_i, c_prev), (dz_f, c_prev), (dz_o, seen_by_o))):
-            total[row] += (gradient.to(acc) * cell).sum(0)
-    return total.sum_to_size(peephole.shape).to(peephole.dtype)
+        for gates, channels in slices([p[:, t] for p in dz]):
+            for row, (gate, cell) in enumerate(((0, c_prev), (1, c_prev), (3, seen_by_o))):
+                total[row, channels] += (gates[:, gate].to(acc) * cell[:, channels]).sum(0)
+    return total.sum_to_size(peephole.shape)

@@ -1,4 +1,4 @@
-"""The two differentiable pieces: ``TransitionFunction`` (no recurrence, keeps only x) and ``SequenceFunction``."""
+"""``SequenceFunction``: a whole layer, input transition and recurrence, as one differentiable operation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import aten, ops, reference
+from . import ops, reference
+from .backward import LayerBackward
 from .convolution import (
     TransitionWeights,
     channels_last,
-    gradients,
-    mix_forward,
-    premix,
+    repart,
+    sequence_of,
+    time_major,
     transition_forward,
+    transition_parts,
 )
 
 
@@ -28,51 +30,28 @@ def no_autocast(device: torch.device):
     return nullcontext()
 
 
-class TransitionFunction(Function):
-    """:func:`convolution.transition_forward` over all images at once, keeping ``x`` as it came.
-
-    torch's own convolution would keep the channels-last (and, under autocast, rounded) copy of x until backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, dtype: torch.dtype, dilations, mix_tanh: bool, keep_premix: bool, *tensors):
-        w = TransitionWeights.from_tensors(tensors, dilations, mix_tanh).channels_last()
-        v = premix(channels_last(x.to(dtype)), w)
-        ctx.save_for_backward(x, v if keep_premix and w.mix is not None else None, *tensors)
-        ctx.dtype, ctx.dilations, ctx.mix_tanh = dtype, dilations, mix_tanh
-        return mix_forward(v, w)
-
-    @staticmethod
-    def backward(ctx, dz: Tensor):
-        x, v, *tensors = ctx.saved_tensors
-        w = TransitionWeights.from_tensors(tensors, ctx.dilations, ctx.mix_tanh).channels_last()
-        dz, images = channels_last(dz), channels_last(x.to(ctx.dtype))
-        if torch.is_grad_enabled():
-            v = None  # a double backward has to see how it depends on x
-        with no_autocast(x.device):
-            dx, grads = gradients(images, dz, w, ctx.needs_input_grad[5:], ctx.needs_input_grad[0], v)
-        dx = None if dx is None else dx.to(x.dtype)
-        return dx, None, None, None, None, *grads
-
-
-def transition(x: Tensor, w: TransitionWeights, dtype: torch.dtype, *, recompute: bool = False) -> Tensor:
-    """``x`` [N, C, H, W] -> [N, 4F, H, W] in ``dtype``, channels-last.
-
-    ``w`` is in ``dtype``. With ``recompute`` nothing but x is kept, else also what a 1x1 mix multiplies.
-    """
-    return TransitionFunction.apply(x, dtype, w.dilations, w.mix_tanh, not recompute, *w.tensors())
-
-
 @dataclass(frozen=True)
 class SequenceOptions:
     """All of a call that is no tensor."""
 
     backend: str
-    dilations: list[int]
-    mix_tanh: bool
+    dtype: torch.dtype
+    input_form: tuple[list[int], bool] | None  # dilations, mix_tanh; None where z is given in place of x
+    hidden_form: tuple[list[int], bool]
     output_peephole: str
     recompute: bool
-    recompute_z: Callable[[], Tensor]  # z [B, T, 4F, H, W] once more, a fresh tensor each time
+    recompute_z: Callable[[], Tensor] | None  # z once more, where it is given: a fresh tensor each time
+
+    def split(self, tensors: list) -> tuple[list, list]:
+        """What belongs to the input transition's tensors, and what to the hidden transition's."""
+        count = len(tensors) - TransitionWeights.tensor_count(len(self.hidden_form[0]) // 2)
+        return tensors[:count], tensors[count:]
+
+    def transitions(self, tensors: list) -> tuple[TransitionWeights | None, TransitionWeights]:
+        """The input transition, or None, and the hidden one."""
+        of_input, of_hidden = self.split(tensors)
+        w_x = TransitionWeights.from_tensors(of_input, *self.input_form) if of_input else None
+        return w_x, TransitionWeights.from_tensors(of_hidden, *self.hidden_form)
 
 
 def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
@@ -83,22 +62,39 @@ def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
     return states[rows, lengths - 1].contiguous()
 
 
-class SequenceFunction(Function):
-    """The recurrence, with the backward of the backend that ran forward.
+def preactivations(
+    x: Tensor, z: Tensor | None, w_x: TransitionWeights | None, w_h: TransitionWeights, dtype: torch.dtype
+) -> list[Tensor]:
+    """X(x_t) of all steps, in the hidden transition's parts, each [B, T, 4*F_p, H, W].
 
-    Between forward and backward it keeps h and c of all steps, and either the gates or, with ``recompute`` (c then in
-    h's dtype), nothing more. Backward overwrites the gates by their gradients, unless the graph is retained. A backward
-    that is itself differentiated goes through ``reference``.
+    ``x`` is [B, T, C, H, W]; ``z``, where ``w_x`` is None, X's value as images [T*B, 4F, H, W].
+    """
+    if w_x is None:
+        parts, sizes = [channels_last(z)], [z.shape[1] // 4]
+    else:
+        parts, sizes = transition_parts(time_major(x, dtype), w_x.channels_last()), w_x.parts
+    return [sequence_of(p, x.shape[1]) for p in repart(parts, sizes, w_h.parts)]
+
+
+class SequenceFunction(Function):
+    """z_t = X(x_t) + U(h_{t-1}) + b and the recurrence, with the backward of the backend that ran forward.
+
+    Between forward and backward it keeps x as it came, h and c of all steps, and either the gates or, with
+    ``recompute`` (c then in h's dtype), nothing more. Backward overwrites the gates by their gradients, unless the
+    graph is retained. A backward that is itself differentiated goes through ``reference``.
     """
 
     @staticmethod
-    def forward(ctx, options: SequenceOptions, z, h_0, c_0, peephole, lengths, *hidden):
-        args = (hidden, options.dilations, options.mix_tanh, h_0, c_0, peephole, options.output_peephole)
-        gates = z.detach()  # z is ours alone: overwritten without its graph's knowledge
+    def forward(ctx, options: SequenceOptions, x, z, h_0, c_0, peephole, lengths, *tensors):
+        w_x, w_h = options.transitions(tensors)
+        z = None if z is None else z.detach()  # it is ours alone: overwritten without its graph's knowledge
+        gates = preactivations(x, z, w_x, w_h, options.dtype)
+        args = (w_h.tensors(), *options.hidden_form, h_0, c_0, peephole, options.output_peephole)
         h, c = ops.sequence_forward(gates, *args, True, options.backend)
-        gates, kept_c = (None, c.to(h.dtype)) if options.recompute else (gates, c)
-        ctx.save_for_backward(gates, h, kept_c, lengths, h_0, c_0, peephole, *hidden)
-        ctx.options = options
+        kept, kept_c = ([], c.to(h.dtype)) if options.recompute else (gates, c)
+        kept_x = None if w_x is None else x
+        ctx.save_for_backward(kept_x, h, kept_c, h_0, c_0, peephole, lengths, *tensors, *kept)
+        ctx.options, ctx.count = options, len(tensors)
         ctx.set_materialize_grads(False)
         return h, last_states(h, lengths), last_states(c, lengths)
 
@@ -116,50 +112,69 @@ class SequenceFunction(Function):
     def plain_backward(ctx, dh, dh_n, dc_n):
         """Backward by the backend that ran forward."""
         options = ctx.options
-        gates, h, c, lengths, h_0, c_0, peephole, *hidden = ctx.saved_tensors
-        w = TransitionWeights.from_tensors(hidden, options.dilations, options.mix_tanh)
-        if options.recompute:
-            gates = aten.recompute_gates(options.recompute_z(), h, c, w, h_0, c_0, peephole, options.output_peephole)
-        elif keeps_graph():
-            gates = gates.clone()
-        if not keeps_graph():
-            ctx.options = None  # as torch frees the saved tensors: recompute_z holds x
-        dh = add_last_gradient(dh, dh_n, h, lengths)
-        args = (hidden, options.dilations, options.mix_tanh, h_0, c_0, peephole, options.output_peephole)
-        dh_0, dc_0 = ops.sequence_backward(gates, h, c, *args, dh, dc_n, lengths, options.backend)
-        dz = gates
-        _, needs_z, needs_h_0, needs_c_0, needs_peephole, _, *needs_hidden = ctx.needs_input_grad
-        grads = [None] * len(hidden)
-        if any(needs_hidden):
-            first = 1 if h_0 is None and h.shape[1] > 1 and not w.has_bias else 0  # h_{-1} = 0 has nothing to add
-            seen = aten.previous(h[:, first:], h[:, 0] if first else h_0)
-            _, grads = gradients(seen.flatten(0, 1), dz[:, first:], w, needs_hidden)
+        x, h, c, h_0, c_0, peephole, lengths, *rest = ctx.saved_tensors
+        tensors, gates = rest[: ctx.count], rest[ctx.count :]
+        del rest
+        if keeps_graph():
+            gates = [g.clone() for g in gates]
+        else:  # from here on nothing but what is still needed holds memory
+            ctx.maybe_clear_saved_tensors()
+            ctx.options = None
+        w_x, w_h = options.transitions(tensors)
+        _, needs_x, needs_z, needs_h_0, needs_c_0, needs_peephole, _, *needs = ctx.needs_input_grad
+        needs_input, needs_hidden = options.split(needs)
+        run = LayerBackward(
+            options.backend, options.output_peephole, options.dtype, w_x, w_h, x, h, c, h_0, c_0, peephole, lengths,
+            add_last_gradient(dh, dh_n, h, lengths), dc_n, needs_input, needs_hidden, needs_x, needs_peephole,
+        )  # fmt: skip
+        del c
+        if options.recompute and w_x is not None:
+            run.in_pieces(lambda here: preactivations(x[:, here], None, w_x, w_h, options.dtype))
+        elif options.recompute:
+            dz = preactivations(h, options.recompute_z().detach(), None, w_h, options.dtype)
+            run.recompute(dz)
+            run.at_once(dz)
+        else:
+            dz = gates
+            run.at_once(dz)
+        dz = repart([p.transpose(0, 1).flatten(0, 1) for p in dz], w_h.parts, [h.shape[2]])[0] if needs_z else None
         return (
             None,
-            dz if needs_z else None,
-            dh_0 if needs_h_0 else None,
-            dc_0 if needs_c_0 else None,
-            aten.peephole_gradient(dz, c, c_0, peephole, options.output_peephole) if needs_peephole else None,
+            run.dx,
+            dz,
+            run.dh_0 if needs_h_0 else None,
+            run.dc_0 if needs_c_0 else None,
+            run.dpeephole,
             None,
-            *grads,
+            *run.input_grads,
+            *run.hidden_grads,
         )
 
     @staticmethod
     def differentiable_backward(ctx, dh, dh_n, dc_n):
         """Backward as a differentiable function of all inputs: torch's gradient of the reference (double backward)."""
         options = ctx.options
-        _, _, _, lengths, *saved = ctx.saved_tensors
+        x, h, _, *saved = ctx.saved_tensors
+        steps = h.shape[1]
         # Aliases, so that what z has of the same tensors (tied weights, x computed from h_0) is not counted here too.
-        h_0, c_0, peephole, *hidden = (None if t is None else t.view_as(t) for t in saved)
-        w = TransitionWeights.from_tensors(hidden, options.dilations, options.mix_tanh)
-        z = options.recompute_z()
-        z = z if z.requires_grad else z.detach().requires_grad_()
+        x = None if x is None else x.view_as(x)
+        h_0, c_0, peephole, lengths, *tensors = (None if t is None else t.view_as(t) for t in saved[: 4 + ctx.count])
+        w_x, w_h = options.transitions(tensors)
+        z = None if x is not None else options.recompute_z()
+        if z is not None and not z.requires_grad:
+            z = z.detach().requires_grad_()
+        images = z if x is None else transition_forward(time_major(x, options.dtype), w_x)
         h, c = reference.sequence(
-            z, lambda state: transition_forward(state, w), h_0, c_0, peephole, options.output_peephole
+            sequence_of(images, steps),
+            lambda state: transition_forward(state, w_h),
+            h_0,
+            c_0,
+            peephole,
+            options.output_peephole,
         )
         outputs = ((h, dh), (last_states(h, lengths), dh_n), (last_states(c, lengths), dc_n))
         outputs = [(y, dy) for y, dy in outputs if dy is not None]
-        inputs = (None, z, h_0, c_0, peephole, None, *hidden)
+        inputs = (None, x, z, h_0, c_0, peephole, None, *tensors)
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
         ys, dys = zip(*outputs, strict=True)
         grads = torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True)

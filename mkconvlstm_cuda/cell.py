@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from . import functional
 from .attention import FlowAttention, FlowMasks
-from .autograd import no_autocast, transition
-from .convolution import channels_last, transition_forward
+from .autograd import no_autocast
+from .convolution import time_major
 from .dispatch import check_name
-from .functional import Recomputation, State
+from .functional import LiveTransition, State
 from .transition import Kernels, Transition, parse_branches
 
 
@@ -158,26 +158,15 @@ class MKConvLSTMCell(nn.Module):
             if masks is None and not self.input_transition.live_parts:
                 weights = self.input_transition.weights().with_bias(bias).to(dtype)
 
-            training = self.training
-
-            def preactivations(update_statistics: bool = False) -> Tensor:
-                if self.training != training:
-                    raise RuntimeError("the layer changed between training and eval mode between forward and backward")
-                images, unfold = fold_time(x)
-                if weights is not None and chosen.forward is None:  # the reference is torch's own autograd throughout
-                    return unfold(transition_forward(channels_last(images.to(dtype)), weights))
-                if weights is not None:
-                    return unfold(transition(images, weights, dtype, recompute=recompute))
-                z = self.input_transition(channels_last(images.to(dtype)), masks, update_statistics)
-                return unfold(z if bias is None else z + bias.to(dtype)[:, None, None])
-
+            inputs = weights or self.live_input_transition(x, masks, bias, dtype)
             h, h_n, c_n = functional.sequence(
                 chosen,
-                preactivations(update_statistics=True),
+                x,
+                inputs,
                 hidden,
                 h_0,
                 c_0,
-                recompute_z=Recomputation(preactivations, x, *self.input_transition.parameters(), bias),
+                dtype=dtype,
                 peephole=self.peephole,
                 output_peephole=self.output_peephole,
                 lengths=lengths,
@@ -186,11 +175,24 @@ class MKConvLSTMCell(nn.Module):
         self.last_backend = chosen.name
         return h, h_n, c_n
 
+    def live_input_transition(
+        self, x: Tensor, masks: list[Tensor | None] | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> LiveTransition:
+        """``X(x_t) + b`` of all steps, by the modules themselves."""
+        training = self.training
+
+        def compute(first: bool) -> Tensor:
+            if self.training != training:
+                raise RuntimeError("the layer changed between training and eval mode between forward and backward")
+            z = self.input_transition(time_major(x, dtype), masks, update_statistics=first)
+            return z if bias is None else z + bias.to(dtype)[:, None, None]
+
+        return LiveTransition(compute, x, *self.input_transition.parameters(), bias)
+
     def masks(self, flow: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
-        """Flow masks of all steps, in ``dtype``: for each branch [B*T, C or 1, H, W] or None."""
-        images, _ = fold_time(flow)
+        """Flow masks of all steps, in ``dtype``: for each branch images [T*B, C or 1, H, W] or None."""
         parameter = next(self.attention.parameters(), None)
-        images = images if parameter is None else images.to(parameter.dtype)
+        images = time_major(flow, flow.dtype if parameter is None else parameter.dtype)
         return [None if m is None else m.to(dtype) for m in self.attention(images)]
 
     def extra_repr(self) -> str:
@@ -199,14 +201,3 @@ class MKConvLSTMCell(nn.Module):
 
 def is_image_size(size) -> bool:
     return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
-
-
-def fold_time(x: Tensor):
-    """``x`` [B, T, ...] as images [B*T, ...] in the order in which they lie in memory, and the way back.
-
-    A time-major tensor seen through a transposition is folded without a copy.
-    """
-    if x.transpose(0, 1).is_contiguous() and not x.is_contiguous():
-        steps_first = x.transpose(0, 1)
-        return steps_first.flatten(0, 1), lambda y: y.unflatten(0, steps_first.shape[:2]).transpose(0, 1)
-    return x.flatten(0, 1), lambda y: y.unflatten(0, x.shape[:2])

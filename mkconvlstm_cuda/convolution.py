@@ -7,13 +7,17 @@ A transition maps ``[N, C, H, W]`` to gate pre-activations ``[N, 4F, H, W]``, ga
     branch r:  x -> [1x1 bottleneck] -> K_r x K_r convolution, "same", 4*F_r outputs
     transition: interleave the branches gate by gate (the paper's Fig. 4b) -> [tanh] -> [1x1 mix (Fig. 4c)]
 
-Everything here works on whole batches of images; callers fold time into ``N`` where no recurrence forbids it.
-Images are kept channels-last in memory: convolutions are fastest so on CPUs (oneDNN) and on GPUs (cuDNN, half types).
+The recurrence takes the same numbers as *parts*: one tensor ``[N, 4*F_r, H, W]`` for each branch of the hidden
+transition, gate-major within, as convolutions make them; or all in one where a 1x1 mix follows.
+
+Everything here works on whole batches of images; callers fold time into ``N`` where no recurrence forbids it, time
+outermost. Images are kept channels-last in memory: convolutions are fastest so on CPUs (oneDNN) and on GPUs (cuDNN,
+half types).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,18 +56,29 @@ class TransitionWeights:
 
     TENSORS_PER_BRANCH = 4
 
+    @classmethod
+    def tensor_count(cls, branches: int) -> int:
+        """Length of :meth:`tensors`."""
+        return cls.TENSORS_PER_BRANCH * branches + 2
+
     @property
     def sizes(self) -> list[int]:
         """Hidden channels F_r of each branch."""
         return [b.weight.shape[0] // 4 for b in self.branches]
 
     @property
+    def parts(self) -> list[int]:
+        """Hidden channels of each part of its output."""
+        return self.sizes if self.mix is None else [sum(self.sizes)]
+
+    @property
     def mix_groups(self) -> int:
         return self.mix.shape[0] // self.mix.shape[1]
 
     @property
-    def dilations(self) -> list[int]:
-        return [d for b in self.branches for d in b.dilation]
+    def form(self) -> tuple[list[int], bool]:
+        """All that is no tensor: the branches' dilations, flat, and ``mix_tanh``."""
+        return [d for b in self.branches for d in b.dilation], self.mix_tanh
 
     @property
     def has_bias(self) -> bool:
@@ -81,7 +96,7 @@ class TransitionWeights:
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor | None], dilations: Sequence[int], mix_tanh: bool):
-        """Inverse of :meth:`tensors` and :attr:`dilations`."""
+        """Inverse of :meth:`tensors` and :attr:`form`."""
         n = cls.TENSORS_PER_BRANCH
         branches = tuple(
             BranchWeights(*tensors[n * r : n * r + n], dilation=tuple(dilations[2 * r : 2 * r + 2]))
@@ -91,12 +106,12 @@ class TransitionWeights:
 
     def to(self, dtype: torch.dtype) -> TransitionWeights:
         cast = [None if t is None else t.to(dtype) for t in self.tensors()]
-        return self.from_tensors(cast, self.dilations, self.mix_tanh)
+        return self.from_tensors(cast, *self.form)
 
     def channels_last(self) -> TransitionWeights:
         """The same with channels innermost in memory, as the images have them: for many uses in a row."""
         same = [channels_last(t) if t is not None and t.dim() == 4 else t for t in self.tensors()]
-        return self.from_tensors(same, self.dilations, self.mix_tanh)
+        return self.from_tensors(same, *self.form)
 
     def with_bias(self, bias: Tensor | None) -> TransitionWeights:
         """Add ``bias`` [4F], or None, to the transition's output, at the last convolution."""
@@ -183,45 +198,76 @@ def premix(x: Tensor, w: TransitionWeights) -> Tensor:
     return u.tanh() if w.mix_tanh else u
 
 
+def transition_parts(x: Tensor, w: TransitionWeights) -> list[Tensor]:
+    """``[N, C, H, W]`` -> its parts ``[N, 4*F_p, H, W]``, channels-last."""
+    if w.mix is None:
+        return [channels_last(branch_forward(x, b)) for b in w.branches]
+    return [channels_last(F.conv2d(premix(x, w), w.mix, w.mix_bias, groups=w.mix_groups))]
+
+
 def transition_forward(x: Tensor, w: TransitionWeights) -> Tensor:
     """``[N, C, H, W] -> [N, 4F, H, W]``, differentiable to any order by torch's own autograd."""
-    return mix_forward(premix(x, w), w)
+    return interleave(transition_parts(x, w))
 
 
-def mix_forward(v: Tensor, w: TransitionWeights) -> Tensor:
-    """:func:`premix`'s value through the 1x1 mix, if there is one."""
-    return v if w.mix is None else F.conv2d(v, w.mix, w.mix_bias, groups=w.mix_groups)
+def repart(parts: list[Tensor], sizes: Sequence[int], wanted: Sequence[int]) -> list[Tensor]:
+    """Parts of ``sizes`` hidden channels each as parts of ``wanted``: the same tensors where nothing changes."""
+    return parts if list(sizes) == list(wanted) else list(deinterleave(interleave(parts), wanted))
 
 
-def mix_input_gradient(du: Tensor, w: TransitionWeights, v: Tensor | None) -> Tensor:
-    """Gradient [N, 4F, H, W] before the mix; ``v`` is :func:`premix`'s value, needed only where there is a tanh."""
-    if w.mix is not None:
-        du = conv2d_input(du.shape, w.mix, du, groups=w.mix_groups)
-    return torch.ops.aten.tanh_backward(du, v) if w.mix_tanh else du
+def time_major(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` [B, T, C, H, W] as images [T*B, C, H, W] in ``dtype``, channels-last, the time outermost."""
+    images = x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()
+    return images.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def branch_gradient(dy: Tensor, b: BranchWeights) -> Tensor:
+def sequence_of(images: Tensor, steps: int) -> Tensor:
+    """Inverse of :func:`time_major`, as a view: [T*B, C, H, W] -> [B, T, C, H, W]."""
+    return images.unflatten(0, (steps, images.shape[0] // steps)).transpose(0, 1)
+
+
+def branches_gradient(dparts: Sequence[Tensor], w: TransitionWeights, v: Tensor | None) -> Iterable[Tensor]:
+    """Gradients [N, 4*F_r, H, W] of the branches' outputs from those of the parts; ``v``: :func:`premix`'s value."""
+    if w.mix is None:
+        return dparts
+    du = conv2d_input(dparts[0].shape, w.mix, dparts[0], groups=w.mix_groups)
+    if w.mix_tanh:
+        du = torch.ops.aten.tanh_backward(du, v)
+    return deinterleave(du, w.sizes)
+
+
+def convolution_gradient(dy: Tensor, b: BranchWeights) -> Tensor:
     """``dy`` [N, 4*F_r, H, W] -> [N, C', H, W]: the gradient of the K_r x K_r convolution's input."""
     n, _, height, width = dy.shape
     size = (n, b.weight.shape[1], height, width)
-    return conv2d_input(size, b.weight, channels_last(dy), padding=b.padding, dilation=b.dilation)
+    return conv2d_input(size, b.weight, dy, padding=b.padding, dilation=b.dilation)
+
+
+def bottleneck_gradient(da: Tensor, b: BranchWeights) -> Tensor:
+    """``da`` [N, C', H, W] -> [N, C, H, W]: the same through the branch's bottleneck, if it has one."""
+    if b.bottleneck is None:
+        return da
+    return conv2d_input((da.shape[0], b.bottleneck.shape[1], *da.shape[2:]), b.bottleneck, da)
+
+
+def input_gradient(dparts: Sequence[Tensor], w: TransitionWeights, v: Tensor | None = None) -> Tensor:
+    """The gradient [N, C, H, W] of a transition's input; ``v``, :func:`premix`'s value, is needed for a tanh."""
+    total = None
+    for dy, b in zip(branches_gradient(dparts, w, v), w.branches, strict=True):
+        da = bottleneck_gradient(convolution_gradient(dy, b), b)
+        total = da if total is None else total.add_(da)
+    return total
 
 
 def gradients(
-    x: Tensor | None,
-    du: Tensor,
-    w: TransitionWeights,
-    needs: Sequence[bool],
-    needs_x: bool = False,
-    v: Tensor | None = None,
+    x: Tensor, dparts: Sequence[Tensor], w: TransitionWeights, needs: Sequence[bool], needs_x: bool = False
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Backward of :func:`transition_forward` over all N images at once.
+    """Backward of :func:`transition_parts` over all N images at once.
 
     Args:
-        x: [N, C, H, W], the transition's input; None where only its own gradient is wanted.
-        du: [..., 4F, H, W], N images, the gradient of its output.
+        x: [N, C, H, W], the transition's input, channels-last.
+        dparts: the gradients of the parts, [N, 4*F_p, H, W], channels-last.
         needs: which of :meth:`TransitionWeights.tensors` want a gradient; ``needs_x``: whether x does.
-        v: :func:`premix` of x, computed here where it is needed and not given.
 
     Returns:
         dx [N, C, H, W] and the gradients of the tensors; None where none is needed.
@@ -229,21 +275,16 @@ def gradients(
     dx, grads = None, [None] * len(needs)
     if not (needs_x or any(needs)):
         return dx, grads
-    if w.mix is not None:
-        du = du.flatten(0, -4)
-        if v is None and (needs[-2] or w.mix_tanh):
-            v = premix(x, w)
-        if needs[-2]:
-            grads[-2] = conv2d_weight(v, w.mix.shape, du, groups=w.mix_groups)
-        if needs[-1]:
-            grads[-1] = du.sum((0, 2, 3))
-        if not (needs_x or any(needs[:-2])):
-            return dx, grads
-        du = mix_input_gradient(du, w, v)
-    for r, (dy, b) in enumerate(zip(deinterleave(du, w.sizes), w.branches, strict=True)):
+    v = premix(x, w) if w.mix is not None and (needs[-2] or w.mix_tanh) else None
+    if needs[-2]:
+        grads[-2] = conv2d_weight(v, w.mix.shape, dparts[0], groups=w.mix_groups)
+    if needs[-1]:
+        grads[-1] = dparts[0].sum((0, 2, 3))
+    if not (needs_x or any(needs[:-2])):
+        return dx, grads
+    for r, (dy, b) in enumerate(zip(branches_gradient(dparts, w, v), w.branches, strict=True)):
         first = r * w.TENSORS_PER_BRANCH
         weight, bias, bottleneck, bottleneck_bias = needs[first : first + w.TENSORS_PER_BRANCH]
-        dy = channels_last(dy.flatten(0, -4))
         if weight:
             a = x if b.bottleneck is None else F.conv2d(x, b.bottleneck, b.bottleneck_bias)
             grads[first] = conv2d_weight(a, b.weight.shape, dy, padding=b.padding, dilation=b.dilation)
@@ -251,18 +292,12 @@ def gradients(
             grads[first + 1] = dy.sum((0, 2, 3))
         if not (needs_x or bottleneck or bottleneck_bias):
             continue
-        da = branch_gradient(dy, b)
+        da = convolution_gradient(dy, b)
         if bottleneck:
             grads[first + 2] = conv2d_weight(x, b.bottleneck.shape, da)
         if bottleneck_bias:
             grads[first + 3] = da.sum((0, 2, 3))
         if needs_x:
-            if b.bottleneck is not None:
-                da = conv2d_input((da.shape[0], b.bottleneck.shape[1], *da.shape[2:]), b.bottleneck, da)
-            dx = da if dx is None else dx + da if torch.is_grad_enabled() else dx.add_(da)
+            da = bottleneck_gradient(da, b)
+            dx = da if dx is None else dx.add_(da)
     return dx, grads
-
-
-def input_gradient(du: Tensor, w: TransitionWeights, v: Tensor | None = None) -> Tensor:
-    """``du`` [N, 4F, H, W] -> ``dx`` [N, C, H, W]; ``v``, :func:`premix`'s value, is needed where there is a tanh."""
-    return gradients(None, du, w, [False] * (len(w.branches) * w.TENSORS_PER_BRANCH + 2), True, v)[0]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import aten, library
+from .aten import Parts
 
 
 def available() -> str | None:
@@ -23,17 +24,17 @@ def supports(problem) -> str | None:
 
 
 def gate_step(
-    z: Tensor, u: Tensor | None, c_prev: Tensor, peephole: Tensor | None, output_peephole: str
+    z: Parts, u: Parts, c_prev: Tensor, peephole: Tensor | None, output_peephole: str
 ) -> tuple[Tensor, Tensor]:
     """:func:`aten.gate_step` as one kernel."""
     c = torch.empty_like(c_prev)
-    h = torch.empty_like(c_prev, dtype=z.dtype)
+    h = torch.empty_like(c_prev, dtype=z[0].dtype)
     torch.ops.mkconvlstm.gate_step_forward(z, u, c_prev, h, c, contiguous(peephole), output_peephole == "current")
     return h, c
 
 
 def gate_step_backward(
-    gates: Tensor,
+    gates: Parts,
     dh: Tensor | None,
     dh_prev: Tensor | None,
     dc: Tensor,

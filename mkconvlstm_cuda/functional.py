@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops, reference
-from .autograd import SequenceFunction, SequenceOptions, last_states, transition
-from .convolution import BranchWeights, TransitionWeights, channels_last, transition_forward
+from .autograd import SequenceFunction, SequenceOptions, last_states, preactivations
+from .convolution import BranchWeights, TransitionWeights, sequence_of, time_major, transition_forward
 from .reference import accumulate_dtype
 
 OUTPUT_PEEPHOLES = ("previous", "current")
@@ -75,88 +75,92 @@ def mkconvlstm(
         w_x = w_x.with_bias(bias)
     w_x, w_h = w_x.to(dtype), w_h.to(dtype)
 
-    def preactivations() -> Tensor:
-        images = x.flatten(0, 1)
-        if chosen.forward is None:  # the reference is torch's own autograd throughout
-            z = transition_forward(channels_last(images.to(dtype)), w_x)
-        else:
-            z = transition(images, w_x, dtype)
-        return z.unflatten(0, x.shape[:2])
-
     h, h_n, c_n = sequence(
-        chosen,
-        preactivations(),
-        w_h,
-        h_0,
-        c_0,
-        peephole=peephole,
-        output_peephole=output_peephole,
-        recompute_z=Recomputation(preactivations, x, *w_x.tensors()),
+        chosen, x, w_x, w_h, h_0, c_0, dtype=dtype, peephole=peephole, output_peephole=output_peephole
     )
     return h, (h_n, c_n)
 
 
-class Recomputation:
-    """A computation to be repeated in backward; refuses to when a tensor that it reads has changed since."""
+class LiveTransition:
+    """An input transition that no weights express, and what it reads.
 
-    def __init__(self, compute: Callable[[], Tensor], *reads: Tensor | None):
+    ``compute(first)`` returns z as images [T*B, 4F, H, W] of all steps, by torch's own autograd; it may be called once
+    more in backward, then with ``first=False``, unless a tensor that it ``reads`` has changed since.
+    """
+
+    def __init__(self, compute: Callable[[bool], Tensor], *reads: Tensor | None):
         self.compute = compute
         self.reads = [(t, t._version) for t in reads if t is not None and not t.is_inference()]
 
-    def __call__(self) -> Tensor:
+    def again(self) -> Tensor:
+        """z once more, a fresh tensor.
+
+        Raises:
+            RuntimeError: a tensor has changed.
+        """
         if any(t._version != version for t, version in self.reads):
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                "the input or a weight of the input-to-hidden transition changed between forward and backward"
+                "the input or a parameter of the input-to-hidden transition changed between forward and backward"
             )
-        return self.compute()
+        return self.compute(False)
 
 
 def sequence(
     backend: dispatch.Backend,
-    z: Tensor,
+    x: Tensor,
+    inputs: TransitionWeights | LiveTransition,
     hidden: TransitionWeights | Callable[[Tensor], Tensor],
     h_0: Tensor | None,
     c_0: Tensor | None,
     *,
-    recompute_z: Callable[[], Tensor],
+    dtype: torch.dtype,
     peephole: Tensor | None = None,
     output_peephole: str = "previous",
     lengths: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence on checked arguments, by the ``backend`` that :func:`choose` chose for them.
+    """A whole sequence on checked arguments, by the ``backend`` that :func:`choose` chose for them.
 
     Args:
-        z: [B, T, 4F, H, W], fresh (it may be overwritten): the input's pre-activations, bias included.
-        hidden: the hidden transition's weights in z's dtype; or, where it has parts that no weights can express, a
-            function [B, F, H, W] -> [B, 4F, H, W].
-        h_0, c_0: [B, F, H, W] in z's and in the accumulate dtype; None for zeros.
-        recompute_z: computes z again, into a fresh tensor.
-        lengths: [B] int64 on z's device, each in 1..T, or None.
+        x: [B, T, C, H, W].
+        inputs: the input transition, with the bias, in ``dtype``.
+        hidden: the hidden transition in ``dtype``; or, where it has parts that no weights can express, a function
+            [B, F, H, W] -> [B, 4F, H, W].
+        h_0, c_0: [B, F, H, W] in ``dtype`` and its accumulate dtype; None for zeros.
+        lengths: [B] int64 on x's device, each in 1..T, or None.
         recompute: keep h and c alone for backward.
 
     Returns:
         h [B, T, F, H, W], and the last h and c [B, F, H, W] of each sequence.
     """
     if peephole is not None:
-        peephole = peephole.to(accumulate_dtype(z.dtype))
-    if backend.forward is None:
+        peephole = peephole.to(accumulate_dtype(dtype))
+    live = isinstance(inputs, LiveTransition)
+    z = inputs.compute(True) if live else None
+    if backend.forward is None:  # torch's own autograd throughout
+        images = z if live else transition_forward(time_major(x, dtype), inputs)
         apply = (lambda h: transition_forward(h, hidden)) if isinstance(hidden, TransitionWeights) else hidden
-        h, c = reference.sequence(z, apply, h_0, c_0, peephole, output_peephole)
+        h, c = reference.sequence(sequence_of(images, x.shape[1]), apply, h_0, c_0, peephole, output_peephole)
         return h, last_states(h, lengths), last_states(c, lengths)
-    tensors = hidden.tensors()
-    differentiable = (z, h_0, c_0, peephole, *tensors)
+    w_x = None if live else inputs
+    tensors = [*([] if live else inputs.tensors()), *hidden.tensors()]
+    differentiable = (None if live else x, z, h_0, c_0, peephole, *tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         options = SequenceOptions(
-            backend.name, hidden.dilations, hidden.mix_tanh, output_peephole, recompute, recompute_z
+            backend.name,
+            dtype,
+            None if live else inputs.form,
+            hidden.form,
+            output_peephole,
+            recompute,
+            inputs.again if live else None,
         )
-        h, h_n, c_n = SequenceFunction.apply(options, z, h_0, c_0, peephole, lengths, *tensors)
-    else:
-        args = (tensors, hidden.dilations, hidden.mix_tanh, h_0, c_0, peephole, output_peephole)
-        h, c = ops.sequence_forward(z, *args, lengths is not None, backend.name)
-        h_n, c_n = last_states(h, lengths), last_states(c, lengths)
-    return h, h_n, c_n
+        return SequenceFunction.apply(options, x.detach() if live else x, z, h_0, c_0, peephole, lengths, *tensors)
+    parts = preactivations(x, z, w_x, hidden, dtype)
+    args = (hidden.tensors(), *hidden.form, h_0, c_0, peephole, output_peephole)
+    h, c = ops.sequence_forward(parts, *args, lengths is not None, backend.name)
+    return h, last_states(h, lengths), last_states(c, lengths)
 
 
 def choose(

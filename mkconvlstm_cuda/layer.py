@@ -167,7 +167,7 @@ class MKConvLSTM(nn.Module):
                 x = x.where(valid, 0)
             if self.dropout and layer + 1 < self.num_layers:
                 x = F.dropout(x, self.dropout, self.training)
-        h_n, c_n = (torch.stack(states) for states in zip(*final, strict=True))
+        h_n, c_n = (s[0][None] if len(s) == 1 else torch.stack(s) for s in zip(*final, strict=True))
         return x if self.batch_first else x.transpose(0, 1).contiguous(), (h_n, c_n)
 
     def step(self, x_t: Tensor, state: State | None = None, flow: Tensor | None = None) -> tuple[Tensor, State]:

@@ -18,9 +18,9 @@ _library = torch.library.Library("mkconvlstm", "FRAGMENT")
 _SHARED = (
     "Tensor?[] hidden, int[] dilations, bool mix_tanh, Tensor? h_0, Tensor? c_0, Tensor? peephole, str output_peephole"
 )
-_library.define(f"sequence_forward(Tensor(a!) z, {_SHARED}, bool keep, str backend) -> (Tensor, Tensor)")
+_library.define(f"sequence_forward(Tensor(a!)[] z, {_SHARED}, bool keep, str backend) -> (Tensor, Tensor)")
 _library.define(
-    f"sequence_backward(Tensor(a!) gates, Tensor h, Tensor c, {_SHARED}, Tensor? dh, Tensor? dc_n, Tensor? lengths,"
+    f"sequence_backward(Tensor(a!)[] gates, Tensor h, Tensor c, {_SHARED}, Tensor? dh, Tensor? dc_n, Tensor? lengths,"
     " str backend) -> (Tensor, Tensor)"
 )
 
@@ -29,8 +29,9 @@ def _sequence_forward(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output
     """All T steps of the recurrence.
 
     Args:
-        z: [B, T, 4F, H, W], channels-last images: the input's pre-activations. With ``keep`` it is overwritten by the
-            activated gates; without, its content afterwards is unspecified.
+        z: the input's pre-activations, one part [B, T, 4*F_p, H, W] for each of the hidden transition's (see
+            :mod:`convolution`), in memory [T, B, H, W, 4*F_p]. With ``keep`` they are overwritten by the activated
+            gates; without, their content afterwards is unspecified.
         hidden, dilations, mix_tanh: the hidden transition (see :class:`TransitionWeights`), in z's dtype.
         h_0: [B, F, H, W] in z's dtype, or None for zeros.
         c_0: [B, F, H, W] in the accumulate dtype, or None for zeros.
@@ -48,9 +49,8 @@ def _sequence_forward(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output
 
 
 def _sequence_forward_fake(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, keep, backend):
-    batch, steps, gates, height, width = z.shape
-    h = z.new_empty((batch, steps, gates // 4, height, width))
-    return h, aten.empty_states(z, batch, steps if keep else 1, accumulate_dtype(z.dtype))
+    c = aten.empty_states(z, z[0].shape[1] if keep else 1, accumulate_dtype(z[0].dtype))
+    return z[0].new_empty((*z[0].shape[:2], *c.shape[2:])), c
 
 
 def _sequence_backward(
@@ -59,7 +59,7 @@ def _sequence_backward(
     """Backward through all T steps; weight gradients are left to :func:`convolution.gradients`.
 
     Args:
-        gates: [B, T, 4F, H, W], activated; overwritten by the gradient of the pre-activations.
+        gates: the parts, activated; overwritten by the gradients of the pre-activations.
         h, c: what ``sequence_forward`` returned with ``keep`` (c may have been rounded to h's dtype).
         dh: [B, T, F, H, W], gradient of every h_t from outside the recurrence, or None for zeros.
         dc_n: [B, F, H, W], gradient of the last cell state, c at ``lengths - 1`` where those are given; or None.
@@ -70,14 +70,14 @@ def _sequence_backward(
     """
     w = TransitionWeights.from_tensors(hidden, dilations, mix_tanh)
     dh_0, dc_0 = BACKENDS[backend].backward(gates, h, c, w, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths)
-    return gates.new_empty(0) if dh_0 is None else dh_0, dc_0
+    return h.new_empty(0) if dh_0 is None else dh_0, dc_0
 
 
 def _sequence_backward_fake(
     gates, h, c, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths, backend
 ):
-    dc_0 = aten.empty_states(gates, gates.shape[0], 1, accumulate_dtype(gates.dtype))[:, 0]
-    return gates.new_empty(0) if h_0 is None else torch.empty_like(dc_0, dtype=gates.dtype), dc_0
+    dc_0 = aten.empty_states(gates, 1, accumulate_dtype(h.dtype))[:, 0]
+    return h.new_empty(0) if h_0 is None else torch.empty_like(dc_0, dtype=h.dtype), dc_0
 
 
 def _below_autograd(name: str):

@@ -45,7 +45,7 @@ def forward(z, *args):
     """See :func:`aten.forward`."""
     from .triton_kernels import launch
 
-    with torch.cuda.device_of(z):
+    with torch.cuda.device_of(z[0]):
         return launch.forward(z, *args)
 
 
@@ -53,5 +53,5 @@ def backward(gates, *args):
     """See :func:`aten.backward`."""
     from .triton_kernels import launch
 
-    with torch.cuda.device_of(gates):
+    with torch.cuda.device_of(gates[0]):
         return launch.backward(gates, *args)

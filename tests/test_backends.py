@@ -9,7 +9,7 @@ from mkconvlstm_cuda.bench.contestants import Contestant
 from mkconvlstm_cuda.bench.measure import kept_bytes
 from problems import LIVE, PROBLEMS, Problem, assert_close, backends_here
 
-from mkconvlstm_cuda import MKConvLSTM, aten, dispatch
+from mkconvlstm_cuda import MKConvLSTM, aten, backward, dispatch
 from mkconvlstm_cuda.check import ROUNDING
 
 WEIGHTS_ONLY = [name for name in PROBLEMS if name not in LIVE]
@@ -21,6 +21,23 @@ TOLERANCES = {torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 def test_float64_agrees_to_1e10(name, backend):
     problem = PROBLEMS[name]
     assert_close(problem.run(backend), problem.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", WEIGHTS_ONLY)
+def test_backward_in_many_spans_agrees(name, recompute, monkeypatch):
+    monkeypatch.setattr("mkconvlstm_cuda.backward.SPAN_BYTES", 1)
+    problem = PROBLEMS[name]
+    assert_close(problem.run("aten", recompute=recompute), problem.run("reference"), 1e-10)
+
+
+def test_spans_are_even_and_complete():
+    for steps, bytes_each in ((1, 1), (20, 3 << 20), (7, 1 << 30), (5, 0)):
+        pieces = backward.spans(steps, bytes_each)
+        assert [t for piece in pieces for t in range(piece.start, piece.stop)] == list(range(steps))
+        sizes = {piece.stop - piece.start for piece in pieces}
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) == 1 or max(sizes) * bytes_each <= backward.SPAN_BYTES
 
 
 @pytest.mark.parametrize("backend", backends_here())
@@ -107,11 +124,11 @@ def test_backward_lets_go_of_the_input():
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("kernels", [{3: 2}, {1: 1, 3: 1}], ids=str)
-def test_backends_get_channels_last_images(channels, kernels, monkeypatch):
+def test_backends_get_time_major_channels_last_parts(channels, kernels, monkeypatch):
     layouts = []
 
     def spy(z, *args):
-        layouts.append(z.flatten(0, 1).is_contiguous(memory_format=torch.channels_last))
+        layouts.append(all(p.permute(1, 0, 3, 4, 2).is_contiguous() for p in z))
         return aten.forward(z, *args)
 
     monkeypatch.setitem(dispatch.BACKENDS, "aten", replace(dispatch.BACKENDS["aten"], forward=spy))
@@ -155,20 +172,21 @@ def test_recompute_keeps_h_and_c_alone():
 
 
 def test_operation_passes_opcheck():
-    z = torch.randn(2, 3, 8, 4, 5)
+    z = [torch.randn(3, 2, 4, 5, 8).permute(1, 0, 4, 2, 3)]
     hidden = [torch.randn(8, 2, 3, 3), None, None, None, None, None]
     h_0, c_0 = torch.randn(2, 2, 4, 5), torch.randn(2, 2, 4, 5)
     for keep in (True, False):
         args = (z, hidden, [1, 1], False, h_0, c_0, None, "previous", keep, "aten")
         torch.library.opcheck(torch.ops.mkconvlstm.sequence_forward, args)
-    gates, h, c = torch.rand(2, 3, 8, 4, 5), torch.randn(2, 3, 2, 4, 5), torch.randn(2, 3, 2, 4, 5)
+    gates = [torch.rand(3, 2, 4, 5, 8).permute(1, 0, 4, 2, 3)]
+    h, c = torch.randn(2, 3, 2, 4, 5), torch.randn(3, 2, 4, 5, 2).permute(1, 0, 4, 2, 3)
     args = (gates, h, c, hidden, [1, 1], False, h_0, c_0, None, "previous", torch.randn_like(h), c_0, None, "aten")
     torch.library.opcheck(torch.ops.mkconvlstm.sequence_backward, args)
 
 
 def test_operation_is_opaque_to_autograd_and_export():
-    z, weight = torch.randn(1, 2, 8, 4, 5), torch.randn(8, 2, 3, 3, requires_grad=True)
-    args = (z, [weight, *[None] * 5], [1, 1], False, None, None, None, "previous", True, "aten")
+    z, weight = torch.randn(2, 1, 4, 5, 8).permute(1, 0, 4, 2, 3), torch.randn(8, 2, 3, 3, requires_grad=True)
+    args = ([z], [weight, *[None] * 5], [1, 1], False, None, None, None, "previous", True, "aten")
     torch.library.opcheck(torch.ops.mkconvlstm.sequence_forward, args, test_utils=("test_schema", "test_faketensor"))
     layer = MKConvLSTM(2, {3: 2, 5: 1}, backend="aten")
     x = torch.randn(1, 2, 2, 4, 5)

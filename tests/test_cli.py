@@ -44,7 +44,7 @@ def test_check_fails_when_a_backend_is_wrong(monkeypatch):
     aten = dispatch.BACKENDS["aten"]
 
     def wrong(z, *args):
-        z[:, :, 1] += 1e-3
+        z[0][:, :, 1] += 1e-3
         return aten.forward(z, *args)
 
     broken = {

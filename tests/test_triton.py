@@ -71,8 +71,16 @@ def test_a_schedule_does_everything_once(name, backward, device):
     assert len(s.programs) <= programs + 1
     assert s.programs[0] == 0
     assert s.programs[-1] == len(s.segments)
-    covered = Counter(c for tile in tiles for c in range(tile[0].channel_first, tile[0].channel_end))
-    assert covered == Counter(range(PLANS[name].hidden))
+    finishes = [f for tile in tiles for f in plan.finishes(PLANS[name], tile)]
+    assert Counter(c for f in finishes for c in range(f.channel_first, f.channel_end)) == Counter(
+        range(PLANS[name].hidden)
+    )
+    for f in finishes:
+        assert 0 <= f.channel_first - f.branch_first < f.channel_end - f.branch_first <= f.branch_channels
+        assert f.branch_channels == PLANS[name].kernels[f.branch].channels
+    assert {(f.branch, f.channel_first, f.column_first) for f in s.finishes} == {
+        (f.branch, f.channel_first, f.column_first) for f in finishes
+    }
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -92,7 +100,8 @@ def test_cut_tiles_are_summed_from_their_own_slots(name, backward):
                 x.m_tile,
                 x.channel_first,
             )
-    slots = [(slot, m, channel) for m, first, count, channel, _ in s.tiles for slot in range(first, first + count)]
+    summed = dict.fromkeys((f.m_tile, f.slot, f.slots, f.channel_first - f.column_first) for f in s.finishes)
+    slots = [(slot, m, channel) for m, first, count, channel in summed for slot in range(first, first + count)]
     assert [slot for slot, _, _ in slots] == list(range(s.slots))
     assert all(writers[slot][1:] == (m, channel) for slot, m, channel in slots)
 
@@ -258,8 +267,8 @@ def launches_of(problem, dtype, backward, monkeypatch, everything=False) -> list
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def channels_last(*shape, dtype=dtype):
-        return empty(*shape, dtype=dtype).permute(0, 1, 4, 2, 3)
+    def states(*shape, dtype=dtype):
+        return empty(*shape, dtype=dtype).permute(1, 0, 4, 2, 3)
 
     b, t, f, h, w = problem.batch, 4, problem.hidden, problem.height, problem.width
     weights = TransitionWeights(
@@ -268,9 +277,9 @@ def launches_of(problem, dtype, backward, monkeypatch, everything=False) -> list
     h_0 = empty(b, f, h, w) if everything else None
     c_0 = empty(b, f, h, w, dtype=torch.float32) if everything else None
     peephole = empty(3, f, h, w, dtype=torch.float32) if everything else None
-    z = channels_last(b, t, h, w, 4 * f)
+    z = [states(t, b, h, w, 4 * k.channels) for k in problem.kernels]
     if backward:
-        c = channels_last(b, t, h, w, f, dtype=torch.float32)
+        c = states(t, b, h, w, f, dtype=torch.float32)
         lengths = empty(b, dtype=torch.int64) if everything else None
         launch.backward(
             z, empty(b, t, f, h, w), c, weights, h_0, c_0, peephole, "current", empty(b, t, f, h, w), c_0, lengths
@@ -303,6 +312,9 @@ def compile_launch(kernel, args, options, capability: int):
         if isinstance(v, torch.Tensor):
             signature[name] = f"*{kinds[v.dtype]}"
             attributes[(n,)] = [["tt.divisibility", 16]]
+        elif isinstance(v, tuple):
+            signature[name] = tuple(f"*{kinds[t.dtype]}" for t in v)
+            attributes |= {(n, i): [["tt.divisibility", 16]] for i in range(len(v))}
         elif hasattr(v, "block_shape"):
             signature[name] = f"tensordesc<{kinds[v.base.dtype]}{list(v.block_shape)}>"
         elif name in constants or (v == 1 and name not in unspecialised):

@@ -3,23 +3,20 @@
 import triton
 import triton.language as tl
 
-from .convolve import SEGMENT, accumulate, store_partial, sum_slots
-from .gates import gate_backward, grid_barrier, load_peephole, locate, round_to_tf32, widen
+from .convolve import FINISH, SEGMENT, accumulate, store_partial, sum_slots
+from .gates import gate_backward, grid_barrier, load_peephole, locate, part_pointer, round_to_tf32, widen
 
 
 @triton.jit
 def update_gradients(
     step,
-    partial_ptr,
-    slot,  # this tile's partial sums: the gradient of h_t through step t + 1
+    row,  # -> what is to be finished, [FINISH] int32
+    slot,  # the tile's partial sums: the gradient of h_t through step t + 1
     slots,
     m_tile,
     row_first,
-    channel_first,
-    channel_end,
-    z_ptr,
-    z_stride_b,
-    z_stride_t,
+    partial_ptr,
+    z_ptrs,
     c_ptr,
     c_0_ptr,
     dh_ptr,
@@ -48,34 +45,43 @@ def update_gradients(
     PIXEL_RUN: tl.constexpr,
     CHANNEL_RUN: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     FINISH_M: tl.constexpr,
+    FINISH_N: tl.constexpr,
 ):
     """Gate backward of FINISH_M pixels of a tile, ``row_first ..``; at step -1 dh_0; pointers as in the kernel."""
     p = m_tile * BLOCK_M + row_first + tl.arange(0, FINISH_M)
-    b, pixel, channel, mask = locate(p, channel_first, channel_end, rows, pixels, PIXEL_RUN, CHANNEL_RUN, CHANNELS)
-    inner = (pixel * hidden)[:, None] + channel[None, :]
-    image = (b * pixels * hidden)[:, None] + inner
-    kind: tl.constexpr = z_ptr.dtype.element_ty
+    # A hint counts only where its value is made: what a called function is told of an argument is lost.
+    channel_first = tl.multiple_of(tl.load(row + 3), CHANNEL_RUN)
+    channel_end = tl.multiple_of(tl.load(row + 4), CHANNEL_RUN)
+    column_first = tl.multiple_of(tl.load(row + 5), CHANNEL_RUN)
+    part = tl.load(row + 6)
+    part_first = tl.multiple_of(tl.load(row + 7), CHANNEL_RUN)
+    part_channels = tl.multiple_of(tl.load(row + 8), CHANNEL_RUN)
+    b, pixel, channel, mask = locate(p, channel_first, channel_end, rows, pixels, PIXEL_RUN, FINISH_N)
+    in_part = tl.multiple_of(channel_first - part_first, CHANNEL_RUN) + tl.arange(0, FINISH_N)
+    image = (p.to(tl.int64) * hidden)[:, None] + channel[None, :]
+    kind: tl.constexpr = z_ptrs[0].dtype.element_ty
     if step < 0:
         if HAS_H_0:
-            dh = sum_slots(partial_ptr, slot, slots, row_first, BLOCK_M, CHANNELS, FINISH_M) + fault
-            tl.store(dh_0_ptr + image, dh.to(kind), mask=mask)
+            dh = sum_slots(partial_ptr, slot, slots, row_first, column_first, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N)
+            tl.store(dh_0_ptr + image, (dh + fault).to(kind), mask=mask)
     else:
         # All loads before the first use, so that they wait together.
-        z = z_ptr + step * z_stride_t + (b * z_stride_b + pixel * (4 * hidden))[:, None] + channel[None, :]
+        z = part_pointer(z_ptrs, part) + ((step * rows + p) * (4 * part_channels))[:, None] + in_part[None, :]
         i = tl.load(z, mask=mask, other=0.0)
-        f = tl.load(z + hidden, mask=mask, other=0.0)
-        g = tl.load(z + 2 * hidden, mask=mask, other=0.0)
-        o = tl.load(z + 3 * hidden, mask=mask, other=0.0)
-        c = c_ptr + (b * steps * pixels * hidden)[:, None] + inner + step * pixels * hidden
+        f = tl.load(z + part_channels, mask=mask, other=0.0)
+        g = tl.load(z + 2 * part_channels, mask=mask, other=0.0)
+        o = tl.load(z + 3 * part_channels, mask=mask, other=0.0)
+        c = c_ptr + step * rows * hidden + image
         c_t = tl.load(c, mask=mask, other=0.0)
-        c_prev = tl.load(c - pixels * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0).to(tl.float32)
+        c_prev = tl.load(c - rows * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0).to(tl.float32)
         dc = tl.load(dc_ptr + image, mask=mask & (step + 0 * channel < steps - 1)[None, :], other=0.0)
         if HAS_DH:
             dh_row = (b * dh_stride_b + step * dh_stride_t + pixel * dh_stride_p)[:, None]
             dh_out = tl.load(dh_ptr + dh_row + (channel * dh_stride_f)[None, :], mask=mask, other=0.0)
-        dh = sum_slots(partial_ptr, slot, slots, row_first, BLOCK_M, CHANNELS, FINISH_M) + fault
+        dh = sum_slots(partial_ptr, slot, slots, row_first, column_first, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N)
+        dh += fault
         if HAS_DH:
             dh += dh_out.to(tl.float32)
         if HAS_C_0:
@@ -91,34 +97,32 @@ def update_gradients(
             dh, dc, w_ci, w_cf, w_co, PEEPHOLE > 0, CURRENT,
         )  # fmt: skip
         tl.store(z, round_to_tf32(dz_i) if ROUND else dz_i.to(kind), mask=mask)
-        tl.store(z + hidden, round_to_tf32(dz_f) if ROUND else dz_f.to(kind), mask=mask)
-        tl.store(z + 2 * hidden, round_to_tf32(dz_g) if ROUND else dz_g.to(kind), mask=mask)
-        tl.store(z + 3 * hidden, round_to_tf32(dz_o) if ROUND else dz_o.to(kind), mask=mask)
+        tl.store(z + part_channels, round_to_tf32(dz_f) if ROUND else dz_f.to(kind), mask=mask)
+        tl.store(z + 2 * part_channels, round_to_tf32(dz_g) if ROUND else dz_g.to(kind), mask=mask)
+        tl.store(z + 3 * part_channels, round_to_tf32(dz_o) if ROUND else dz_o.to(kind), mask=mask)
         tl.store(dc_ptr + image, dc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_step", "last_step", "steps", "units"])
 def backward_kernel(
-    z_ptr,  # [B, T, H, W, 4F], strides below: gates, overwritten by the gradients of the pre-activations
-    z_stride_b,
-    z_stride_t,
-    c_ptr,  # [B, T, H, W, F]
-    c_0_ptr,  # [B, H, W, F] float32, read if HAS_C_0
+    z_ptrs,  # a part of the hidden transition each, [T, B*H*W, 4*F_p]: gates, overwritten by their gradients
+    c_ptr,  # [T, B*H*W, F]
+    c_0_ptr,  # [B*H*W, F] float32, read if HAS_C_0
     dh_ptr,  # [B, T, F, H*W], strides below: gradient of h from outside, read if HAS_DH
     dh_stride_b,
     dh_stride_t,
     dh_stride_f,
     dh_stride_p,
-    dc_ptr,  # [B, H, W, F] float32, written: dc_0 at the end
-    dc_n_ptr,  # [B, H, W, F] float32, read if HAS_DC_N
-    dh_0_ptr,  # [B, H, W, F], written if HAS_H_0
+    dc_ptr,  # [B*H*W, F] float32, written: dc_0 at the end
+    dc_n_ptr,  # [B*H*W, F] float32, read if HAS_DC_N
+    dh_0_ptr,  # [B*H*W, F] of the gates' type, written if HAS_H_0
     lengths_ptr,  # [B] int64, read if HAS_LENGTHS
     weights,  # descriptor of the packed weights
     peephole_ptr,  # [3, F, 1 or H*W] float32, read if PEEPHOLE
     partial_ptr,  # [slots, BLOCK_M, BLOCK_N] float32, scratch; one slot a program if not SPLIT
     segment_ptr,  # [segments, SEGMENT] int32
     program_ptr,  # [programs + 1] int32: each program's segments
-    tile_ptr,  # [tiles, 5] int32: m_tile, first slot, slots, first channel, end of channels
+    finish_ptr,  # [finished, FINISH] int32
     counter_ptr,  # [1] int32, 0 at the launch: the grid barrier's, if PERSISTENT
     first_step,
     last_step,
@@ -127,9 +131,9 @@ def backward_kernel(
     height,
     width,
     hidden,
-    units,  # tiles times BLOCK_M // FINISH_M
+    units,  # rows of finish_ptr times BLOCK_M // FINISH_M
     CONVOLVE: tl.constexpr,
-    FINISH: tl.constexpr,
+    UPDATE: tl.constexpr,
     PERSISTENT: tl.constexpr,  # all programs are resident: barriers between steps and phases
     SPLIT: tl.constexpr,  # tiles are summed from pieces: a phase of its own finishes them
     HAS_DH: tl.constexpr,
@@ -141,15 +145,15 @@ def backward_kernel(
     CURRENT: tl.constexpr,
     ROUND: tl.constexpr,  # gradients to TF32, to nearest
     PRECISION: tl.constexpr,
-    WHOLE_RUNS: tl.constexpr,
+    DEPTH_RUN: tl.constexpr,
     EVEN_K: tl.constexpr,
-    VEC: tl.constexpr,
     PIXEL_RUN: tl.constexpr,
     CHANNEL_RUN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FINISH_M: tl.constexpr,  # pixels of a tile that are finished at a time
+    FINISH_N: tl.constexpr,  # and their channels, of one part
 ):
     """Steps T-1 - ``first_step`` down to T - ``last_step``; step -1 makes dh_0."""
     program = tl.program_id(0)
@@ -162,44 +166,44 @@ def backward_kernel(
     for done in range(first_step, last_step):
         step = steps - 1 - widen(done)
         if CONVOLVE:
-            dz = z_ptr + (step + 1) * z_stride_t
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             for s in range(first, last):
-                row = segment_ptr + s * SEGMENT
-                acc = tl.where(tl.load(row + 4) != 0, 0.0, acc)  # the first segment of a sum
+                segment = segment_ptr + s * SEGMENT
+                depth = tl.multiple_of(tl.load(segment + 15), DEPTH_RUN)
+                dz = part_pointer(z_ptrs, tl.load(segment + 16)) + (step + 1) * rows * depth
+                acc = tl.where(tl.load(segment + 4) != 0, 0.0, acc)  # the first segment of a sum
                 acc = accumulate(
-                    acc, row, step < steps - 1, dz, z_stride_b, 4 * hidden, hidden, weights, rows, height, width,
-                    True, WHOLE_RUNS, EVEN_K, VEC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                    acc, segment, step < steps - 1, dz, weights, rows, height, width,
+                    DEPTH_RUN, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
-                if tl.load(row + 5) != 0:  # the last
-                    slot = tl.load(row + 3)
+                if tl.load(segment + 5) != 0:  # the last
+                    slot = tl.load(segment + 3)
                     store_partial(partial_ptr, slot, acc, BLOCK_M, BLOCK_N)
                     if not SPLIT:  # nobody else has a share in this tile
                         tl.debug_barrier()
-                        for row_first in range(0, BLOCK_M, FINISH_M):
-                            update_gradients(
-                                step, partial_ptr, slot, 1, tl.load(row), row_first, tl.load(row + 6), tl.load(row + 7),
-                                z_ptr, z_stride_b, z_stride_t, c_ptr, c_0_ptr,
-                                dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
-                                dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr, peephole_ptr, steps, rows, pixels, hidden,
-                                fault, HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
-                                PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M,
-                            )  # fmt: skip
+                        for n in range(tl.load(segment + 6), tl.load(segment + 7)):
+                            for row_first in range(0, BLOCK_M, FINISH_M):
+                                update_gradients(
+                                    step, finish_ptr + n * FINISH, slot, 1, tl.load(segment), row_first, partial_ptr,
+                                    z_ptrs, c_ptr, c_0_ptr, dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
+                                    dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr, peephole_ptr, steps, rows, pixels, hidden,
+                                    fault, HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
+                                    PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                                )  # fmt: skip
                         tl.debug_barrier()
             if PERSISTENT and SPLIT:
                 arrivals += programs
                 fault = grid_barrier(counter_ptr, arrivals, fault)
-        if FINISH:
+        if UPDATE:
             for unit in range(program, units, programs):
-                tile = tile_ptr + unit // (BLOCK_M // FINISH_M) * 5
+                row = finish_ptr + unit // (BLOCK_M // FINISH_M) * FINISH
                 row_first = unit % (BLOCK_M // FINISH_M) * FINISH_M
                 update_gradients(
-                    step, partial_ptr, tl.load(tile + 1), tl.load(tile + 2), tl.load(tile), row_first,
-                    tl.load(tile + 3), tl.load(tile + 4), z_ptr, z_stride_b, z_stride_t, c_ptr, c_0_ptr,
-                    dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
+                    step, row, tl.load(row + 1), tl.load(row + 2), tl.load(row), row_first, partial_ptr,
+                    z_ptrs, c_ptr, c_0_ptr, dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
                     dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr, peephole_ptr, steps, rows, pixels, hidden,
                     fault, HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
-                    PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M,
+                    PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
                 )  # fmt: skip
         if PERSISTENT:
             arrivals += programs

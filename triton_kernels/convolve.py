@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-SEGMENT = tl.constexpr(18)  # integers a segment: plan.Segment's fields in their order
+SEGMENT = tl.constexpr(17)  # integers a segment: see plan.Segment.row
+FINISH = tl.constexpr(9)  # integers a row of what is to be finished: plan.Finish's fields
 
 
 @triton.jit
@@ -11,18 +12,13 @@ def accumulate(
     acc,  # [BLOCK_M, BLOCK_N] float32
     row,  # -> one segment, [SEGMENT] int32
     active,  # False: the image is all zeros, add nothing
-    image_ptr,  # [B, H*W, channels] of one step, channels innermost
-    image_stride_b,
-    image_stride_p,
-    run_stride,  # channels from one gate's run to the next (GATED)
+    image_ptr,  # [B*H*W, depth] of one step
     weights,  # descriptor of [iterations of all tiles, BLOCK_N, BLOCK_K], flattened to two dimensions: see launch.py
     rows,  # B*H*W
     height,
     width,
-    GATED: tl.constexpr,  # k runs over (gate, channel of the branch) rather than over all channels
-    WHOLE_RUNS: tl.constexpr,  # blocks of k and gates' runs of channels divide one another
+    DEPTH_RUN: tl.constexpr,  # divides every depth
     EVEN_K: tl.constexpr,  # every depth is a multiple of BLOCK_K
-    VEC: tl.constexpr,  # channel offsets come in aligned groups of this many
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -39,21 +35,16 @@ def accumulate(
     first_x = tl.load(row + 12)
     step_y = tl.load(row + 13)
     step_x = tl.load(row + 14)
-    depth = tl.load(row + 15)
-    run = tl.load(row + 16)
-    run_first = tl.load(row + 17)
+    depth = tl.multiple_of(tl.load(row + 15), DEPTH_RUN)
 
     # This tile's pixels, and where they lie.
     p = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     pixel = p % (height * width)
     y = tl.where(p < rows, pixel // width, -(1 << 28))  # beyond the last row: outside the image for every tap
     x = pixel % width
-    image_rows = image_ptr + (p // (height * width)).to(tl.int64) * image_stride_b + pixel * image_stride_p
+    image_rows = image_ptr + p.to(tl.int64) * depth
 
     k = tl.arange(0, BLOCK_K)
-    k_channel = k
-    if GATED and WHOLE_RUNS:
-        k_channel = tl.multiple_of(tl.max_contiguous(k // run * run_stride + k % run, VEC), VEC)
     taps = kernel_h * kernel_w
     block = k_first // taps
     tap_y = k_first % taps // kernel_w
@@ -62,18 +53,11 @@ def accumulate(
         dy = first_y + tap_y * step_y
         dx = first_x + tap_x * step_x
         inside = (y + dy >= 0) & (y + dy < height) & (x + dx >= 0) & (x + dx < width)
-        base = block * BLOCK_K
-        if GATED:
-            if WHOLE_RUNS:
-                channel = tl.multiple_of(run_first + base // run * run_stride + base % run, VEC) + k_channel
-            else:
-                channel = run_first + (base + k) // run * run_stride + (base + k) % run
-        else:
-            channel = base + k
+        channel = block * BLOCK_K + k
         mask = inside[:, None]
         if not EVEN_K:
-            mask = mask & (base + k < depth)[None, :]
-        shift = (dy * width + dx) * image_stride_p
+            mask = mask & (channel < depth)[None, :]
+        shift = (dy * width + dx) * depth
         a = tl.load(image_rows[:, None] + (shift + channel)[None, :], mask=mask, other=0.0)
         w = weights.load([(weight_first + it) * BLOCK_N, 0])
         acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
@@ -98,13 +82,14 @@ def partial_pointers(
     partial_ptr,
     slot,
     row_first,
+    column_first,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Pointers [ROWS, COLUMNS] into one slot, to rows ``row_first ..`` and the first columns."""
-    offsets = (row_first + tl.arange(0, ROWS))[:, None] * BLOCK_N + tl.arange(0, COLUMNS)[None, :]
+    """Pointers [ROWS, COLUMNS] into one slot, to rows ``row_first ..`` and columns ``column_first ..``."""
+    offsets = (row_first + tl.arange(0, ROWS))[:, None] * BLOCK_N + (column_first + tl.arange(0, COLUMNS))[None, :]
     return partial_ptr + slot.to(tl.int64) * (BLOCK_M * BLOCK_N) + offsets
 
 
@@ -130,7 +115,7 @@ def sum_gates(
     ROWS: tl.constexpr,
 ):
     """A tile's gates, [ROWS, CHANNELS] each: the sums of its slots, always in the same order."""
-    pointers = partial_pointers(partial_ptr, slot, row_first, BLOCK_M, 4 * CHANNELS, ROWS, CHANNELS)
+    pointers = partial_pointers(partial_ptr, slot, row_first, 0, BLOCK_M, 4 * CHANNELS, ROWS, CHANNELS)
     u_i = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     u_f = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     u_g = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
@@ -153,13 +138,15 @@ def sum_slots(
     slot,
     slots,
     row_first,
+    column_first,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Rows of a tile, [ROWS, BLOCK_N]: the sum of its slots, always in the same order."""
-    pointers = partial_pointers(partial_ptr, slot, row_first, BLOCK_M, BLOCK_N, ROWS, BLOCK_N)
-    total = tl.zeros((ROWS, BLOCK_N), dtype=tl.float32)
+    """A piece of a tile, [ROWS, COLUMNS]: the sum of its slots, always in the same order."""
+    pointers = partial_pointers(partial_ptr, slot, row_first, column_first, BLOCK_M, BLOCK_N, ROWS, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for s in range(0, slots, 8):
         a, b, c, d = load_four(pointers, BLOCK_M * BLOCK_N, slots - s)
         e, f, g, h = load_four(pointers + 4 * BLOCK_M * BLOCK_N, BLOCK_M * BLOCK_N, slots - s - 4)

@@ -36,7 +36,7 @@ def tanh(x):
 
 @triton.jit
 def gate_forward(z_i, z_f, z_g, z_o, c_prev, w_ci, w_cf, w_co, HAS_PEEPHOLE: tl.constexpr, CURRENT: tl.constexpr):
-    """DESIGN's equations of one step, elementwise; ``CURRENT``: o sees c_t, else c_{t-1}. Returns i, f, g, o, c, h."""
+    """The paper's eqs. 6-10, elementwise; ``CURRENT``: o sees c_t, else c_{t-1}. Returns i, f, g, o, c, h."""
     if HAS_PEEPHOLE:
         z_i += w_ci * c_prev
         z_f += w_cf * c_prev
@@ -77,14 +77,22 @@ def locate(
     rows,
     pixels,
     PIXEL_RUN: tl.constexpr,
-    CHANNEL_RUN: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Image (int64) and pixel of each row, the channels, and which of [BLOCK_P, CHANNELS] there are."""
-    channel = tl.multiple_of(channel_first, CHANNEL_RUN) + tl.arange(0, CHANNELS)
+    channel = channel_first + tl.arange(0, CHANNELS)
     b = tl.max_constancy(p // pixels, PIXEL_RUN).to(tl.int64)
     pixel = tl.multiple_of(tl.max_contiguous(p % pixels, PIXEL_RUN), PIXEL_RUN)
     return b, pixel, channel, (p < rows)[:, None] & (channel < channel_end)[None, :]
+
+
+@triton.jit
+def part_pointer(pointers, part):
+    """The pointer of one of a few tensors, by its number at run time."""
+    chosen = pointers[0]
+    for n in tl.static_range(1, len(pointers)):
+        chosen = tl.where(part == n, pointers[n], chosen)
+    return chosen
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..aten import empty_states
-from ..convolution import TransitionWeights, channels_last, interleave
+from ..aten import Parts, empty_states
+from ..convolution import TransitionWeights, channels_last
 from . import plan
 from .backward import backward_kernel
 from .forward import forward_kernel
@@ -26,10 +26,8 @@ LAUNCHED: dict[tuple, object] = {}  # compiled kernels
 
 def launch(kernel, grid: tuple[int, int, int], arguments: tuple, options: dict) -> None:
     """``kernel[grid](*arguments, **options)``, several times faster on the host where the like was launched before."""
-    traits = tuple(
-        a if isinstance(a, int) else (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else None for a in arguments
-    )
-    key = (id(kernel), torch.cuda.current_device() if torch.cuda.is_available() else None, traits, *options.values())
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    key = (id(kernel), device, *map(traits, arguments), *options.values())
     compiled = LAUNCHED.get(key)
     if compiled is None:
         compiled = kernel[grid](*arguments, **options)
@@ -39,6 +37,15 @@ def launch(kernel, grid: tuple[int, int, int], arguments: tuple, options: dict) 
             LAUNCHED[key] = compiled
     else:
         compiled[grid](*arguments, *(options[name] for name in kernel.arg_names[len(arguments) :]))
+
+
+def traits(argument) -> object:
+    """What of an argument a kernel may have been specialised for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, tuple):
+        return tuple(map(traits, argument))
+    return argument if isinstance(argument, int) else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class Pass:
     packed_blocks: int  # blocks of packed weights
     segments: Tensor  # [segments, convolve.SEGMENT] int32
     programs: Tensor  # [programs + 1] int32
-    tiles: Tensor  # [tiles, 5] int32
+    finishes: Tensor  # [finished, convolve.FINISH] int32
+    finish_n: int  # at least the channels of each
     slots: int
 
     @property
@@ -74,24 +82,22 @@ class Pass:
         """Arguments that both kernels take from the problem and its configuration."""
         config, problem = self.config, self.problem
         channels = [k.channels for k in problem.kernels]
-        tile_channels = config.block_n if self.backward else config.block_n // 4
-        pixels = self.tiles.shape[0] * config.block_m // self.grid[0] if config.split else config.block_m
-        finish_m = config.finish_m(tile_channels, pixels)
+        finish_n = self.finish_n
+        pixels = self.finishes.shape[0] * config.block_m // self.grid[0] if config.split else config.block_m
+        finish_m = config.finish_m(finish_n, pixels)
         depths = [4 * n for n in channels] if self.backward else [problem.hidden]
-        backward_only = {
-            "VEC": plan.run_of(16 // problem.element_size, *channels),
-            "WHOLE_RUNS": all(n % config.block_k == 0 or config.block_k % n == 0 for n in channels),
-        }
-        return (backward_only if self.backward else {}) | {
+        return {
             "ROUND": self.rounds,
             "PRECISION": "tf32" if problem.tensor_cores else "ieee",
+            "DEPTH_RUN": plan.run_of(16, *depths),
             "EVEN_K": all(depth % config.block_k == 0 for depth in depths),
             "PIXEL_RUN": plan.run_of(16, problem.height * problem.width, finish_m),
-            "CHANNEL_RUN": plan.run_of(16, tile_channels, *channels),
+            "CHANNEL_RUN": plan.run_of(16, finish_n, *channels),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "FINISH_M": finish_m,
+            "FINISH_N": finish_n,
             "num_warps": config.warps,
             "num_stages": config.stages,
             "maxnreg": config.registers,
@@ -100,18 +106,18 @@ class Pass:
     def launch(self, kernel, arguments: tuple, rounds: int, steps: int, **flags) -> None:
         """Run ``kernel`` for ``rounds`` of a sequence of ``steps`` steps: in one launch, in the interpreter in many."""
         constants, split = self.constants, self.config.split
-        units = self.tiles.shape[0] * (self.config.block_m // constants["FINISH_M"])
+        units = self.finishes.shape[0] * (self.config.block_m // constants["FINISH_M"])
         problem = self.problem
         sizes = (steps, problem.rows, problem.height, problem.width, problem.hidden, units)
         if not INTERPRETED:
-            phases = {"CONVOLVE": True, "FINISH": split, "PERSISTENT": True, "SPLIT": split}
+            phases = {"CONVOLVE": True, "UPDATE": split, "PERSISTENT": True, "SPLIT": split}
             options = phases | flags | constants | {"launch_cooperative_grid": True}
             launch(kernel, self.grid, (*arguments, 0, rounds, *sizes), options)
             return
         for first in range(rounds):  # programs run one after another and cannot wait for each other
             for convolve in (True, False) if split else (True,):
                 kernel[self.grid](
-                    *arguments, first, first + 1, *sizes, CONVOLVE=convolve, FINISH=not convolve, PERSISTENT=False,
+                    *arguments, first, first + 1, *sizes, CONVOLVE=convolve, UPDATE=not convolve, PERSISTENT=False,
                     SPLIT=split, **flags, **constants,
                 )  # fmt: skip
 
@@ -130,10 +136,12 @@ def make_pass(problem: plan.Problem, backward: bool, device: torch.device) -> Pa
     config = plan.choose(problem, backward, sms, shared_memory)
     tiles = (plan.backward_tiles if backward else plan.forward_tiles)(problem, config)
     s = plan.schedule(problem, config, tiles, sms * config.programs_per_sm)
-    numbers = ([segment.row() for segment in s.segments], s.programs, s.tiles or [(0,) * 5])
+    numbers = ([segment.row() for segment in s.segments], s.programs, [f.row() for f in s.finishes])
     tables = [torch.tensor(n, dtype=torch.int32).to(device) for n in numbers]
+    widest = plan.power_of_two(max(f.channel_end - f.channel_first for f in s.finishes), 1, config.block_n)
+    finish_n = widest if backward else config.block_n // 4  # forward sums four gates side by side
     blocks = sum(part.iterations(config.block_k) for tile in tiles for part in tile)
-    return Pass(problem, backward, config, blocks, *tables[:2], tables[2][: len(s.tiles)], s.slots)
+    return Pass(problem, backward, config, blocks, *tables, finish_n, s.slots)
 
 
 def tensor_cores_allowed(dtype: torch.dtype) -> bool:
@@ -141,13 +149,13 @@ def tensor_cores_allowed(dtype: torch.dtype) -> bool:
     return dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def problem_of(z: Tensor, hidden: TransitionWeights) -> plan.Problem:
+def problem_of(parts: Parts, hidden: TransitionWeights) -> plan.Problem:
+    z = parts[0]
     kernels = tuple(
         plan.Kernel(b.weight.shape[0] // 4, *b.weight.shape[2:], dilation=tuple(b.dilation)) for b in hidden.branches
     )
-    return plan.Problem(
-        z.shape[0], *z.shape[3:], kernels, z.element_size(), tensor_cores_allowed(z.dtype) and not INTERPRETED
-    )
+    tensor_cores = tensor_cores_allowed(z.dtype) and not INTERPRETED
+    return plan.Problem(z.shape[0], *z.shape[3:], kernels, z.element_size(), tensor_cores)
 
 
 def pack(hidden: TransitionWeights, p: Pass) -> TensorDescriptor:
@@ -176,15 +184,9 @@ def pack(hidden: TransitionWeights, p: Pass) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(packed, [config.block_n, config.block_k])
 
 
-def is_channels_last(z: Tensor) -> bool:
-    """Whether each image of z [B, T, C, H, W] is [H, W, C] in memory."""
-    wanted = (1, z.shape[4] * z.shape[2], z.shape[2])
-    return all(n == 1 or s == w for n, s, w in zip(z.shape[2:], z.stride()[2:], wanted, strict=True))
-
-
-def as_channels_last(z: Tensor) -> Tensor:
-    """``z`` [B, T, C, H, W] itself, or a copy of it, with channels innermost."""
-    return z if is_channels_last(z) else z.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+def in_order(states: Tensor) -> Tensor:
+    """``states`` [B, T, C, H, W] itself, or a copy of it, as [T, B, H, W, C] in memory."""
+    return states.permute(1, 0, 3, 4, 2).contiguous()
 
 
 def peephole_kind(peephole: Tensor | None) -> int:
@@ -192,19 +194,18 @@ def peephole_kind(peephole: Tensor | None) -> int:
     return 0 if peephole is None else 1 if peephole.shape[2:] == (1, 1) else 2
 
 
-def hidden_bias(hidden: TransitionWeights) -> Tensor | None:
-    """All branches' biases, interleaved gate by gate, [4F] float32."""
+def hidden_bias(hidden: TransitionWeights) -> tuple[Tensor, ...]:
+    """Each branch's bias [4*F_r], zeros where it has none; nothing if none has."""
     if not hidden.has_bias:
-        return None
-    parts = [
-        (b.weight.new_zeros(b.weight.shape[0]) if b.bias is None else b.bias)[None, :, None, None]
-        for b in hidden.branches
-    ]
-    return interleave(parts).flatten().float()
+        return ()
+    zeros = (b.weight.new_zeros(b.weight.shape[0]) for b in hidden.branches)
+    return tuple(
+        zero if b.bias is None else b.bias.contiguous() for b, zero in zip(hidden.branches, zeros, strict=True)
+    )
 
 
 def forward(
-    z: Tensor,
+    z: Parts,
     hidden: TransitionWeights,
     h_0: Tensor | None,
     c_0: Tensor | None,
@@ -213,17 +214,16 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence forward; see :func:`mkconvlstm_cuda.ops.sequence_forward`."""
-    batch, steps, gates, height, width = z.shape
-    h = z.new_empty((batch, steps, gates // 4, height, width))
-    c = empty_states(z, batch, steps if keep else 1, torch.float32)
-    if z.numel() == 0:
+    batch, steps, _, height, width = z[0].shape
+    c = empty_states(z, steps if keep else 1, torch.float32)
+    h = z[0].new_empty((batch, steps, *c.shape[2:]))
+    if h.numel() == 0:
         return h, c
-    p = make_pass(problem_of(z, hidden), False, z.device)
-    problem = p.problem
+    p = make_pass(problem_of(z, hidden), False, h.device)
     weights = pack(hidden, p)
     partial, counter = p.scratch()
-    images = as_channels_last(z)
-    state = z.new_empty((2, batch, height, width, problem.hidden))
+    parts = tuple(map(in_order, z))
+    state = h.new_empty((2, batch, height, width, h.shape[2]))
     if h_0 is not None:
         state[0] = h_0.permute(0, 2, 3, 1)
     if c_0 is not None:
@@ -231,30 +231,35 @@ def forward(
     bias = hidden_bias(hidden)
     if peephole is not None:
         peephole = peephole.contiguous()
-    image = height * width * problem.hidden
     p.launch(
         forward_kernel,
         (
-            images, images.stride(0), images.stride(1), h, c, image * (steps if keep else 1), image if keep else 0,
-            c if c_0 is None else c_0, state, weights, c if bias is None else bias,
-            c if peephole is None else peephole, partial, p.segments, p.programs, p.tiles, counter,
+            parts, h, c, c if c_0 is None else c_0, state, weights, bias or parts, c if peephole is None else peephole,
+            partial, p.segments, p.programs, p.finishes, counter,
         ),
         steps,
         steps,
         KEEP=keep,
         HAS_H_0=h_0 is not None,
         HAS_C_0=c_0 is not None,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=bool(bias),
         PEEPHOLE=peephole_kind(peephole),
         CURRENT=output_peephole == "current",
     )  # fmt: skip
-    if keep and images is not z:
-        z.copy_(images)
+    if keep:
+        give_back(parts, z)
     return h, c
 
 
+def give_back(parts: Parts, originals: Parts) -> None:
+    """Write ``parts`` [T, B, H, W, C] to where they were copied from, if they were."""
+    for part, original in zip(parts, originals, strict=True):
+        if part.data_ptr() != original.data_ptr():
+            original.copy_(part.permute(1, 0, 4, 2, 3))
+
+
 def backward(
-    gates: Tensor,
+    gates: Parts,
     h: Tensor,
     c: Tensor,
     hidden: TransitionWeights,
@@ -267,18 +272,15 @@ def backward(
     lengths: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """The recurrence backward; see :func:`mkconvlstm_cuda.ops.sequence_backward`."""
-    batch, steps, _, height, width = gates.shape
-    dc = empty_states(gates, batch, 1, torch.float32)[:, 0]
-    dh_0 = None if h_0 is None else torch.empty_like(dc, dtype=gates.dtype)
-    if gates.numel() == 0:
+    steps, width = h.shape[1], h.shape[4]
+    dc = empty_states(gates, 1, torch.float32)[:, 0]
+    dh_0 = None if h_0 is None else torch.empty_like(dc, dtype=h.dtype)
+    if h.numel() == 0:
         return dh_0, dc
-    p = make_pass(problem_of(gates, hidden), True, gates.device)
-    problem = p.problem
+    p = make_pass(problem_of(gates, hidden), True, h.device)
     weights = pack(hidden, p)
     partial, counter = p.scratch()
-    images, c = as_channels_last(gates), as_channels_last(c)
-    if c.stride(0) != steps * height * width * problem.hidden and batch > 1:
-        c = c.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    parts = tuple(map(in_order, gates))
     if dh is not None and dh.stride(3) != width * dh.stride(4):
         dh = dh.contiguous()
     if c_0 is not None:
@@ -291,10 +293,10 @@ def backward(
     p.launch(
         backward_kernel,
         (
-            images, images.stride(0), images.stride(1), c, c if c_0 is None else c_0, c if dh is None else dh,
+            parts, in_order(c), dc if c_0 is None else c_0, dc if dh is None else dh,
             *strides, dc, dc if dc_n is None else dc_n, dc if dh_0 is None else dh_0,
             dc if lengths is None else lengths.contiguous(), weights, dc if peephole is None else peephole,
-            partial, p.segments, p.programs, p.tiles, counter,
+            partial, p.segments, p.programs, p.finishes, counter,
         ),
         steps + (h_0 is not None),
         steps,
@@ -306,6 +308,5 @@ def backward(
         PEEPHOLE=peephole_kind(peephole),
         CURRENT=output_peephole == "current",
     )  # fmt: skip
-    if images is not gates:
-        gates.copy_(images)
+    give_back(parts, gates)
     return dh_0, dc

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import gcd
 
 
@@ -39,6 +39,10 @@ class Problem:
     @property
     def hidden(self) -> int:
         return sum(k.channels for k in self.kernels)
+
+    def m_tiles(self, config: Config) -> int:
+        """Blocks of pixels."""
+        return -(-self.rows // config.block_m)
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,8 @@ class Part:
     first_x: int
     step_y: int  # from tap to tap
     step_x: int
-    depth: int  # channels of one tap
-    run: int  # of which so many lie side by side
-    run_first: int  # first of them in the image
+    depth: int  # channels of the image that it reads
+    image: int = 0  # which of several it reads
 
     def iterations(self, block_k: int) -> int:
         return self.kernel_h * self.kernel_w * -(-self.depth // block_k)
@@ -90,18 +93,42 @@ class Part:
 
 @dataclass(frozen=True)
 class Segment(Part):
-    """Iterations of one part for one block of pixels; its integers are what a kernel reads."""
+    """Iterations of one part for one block of pixels."""
 
     m_tile: int = 0
     k_first: int = 0
     k_last: int = 0
-    slot: int = 0  # where the sum is stored, when tiles are cut
+    slot: int = 0  # where the sum is stored
     is_first: int = 1  # of its sum
     is_last: int = 1
+    finish_first: int = 0  # rows of what is then to be finished, where tiles are whole
+    finish_end: int = 0
 
     def row(self) -> list[int]:
-        head = (self.m_tile, self.k_first, self.k_last, self.slot, self.is_first, self.is_last)
-        return [*head, *(getattr(self, f.name) for f in fields(Part))]
+        """What a kernel reads of it."""
+        return [
+            self.m_tile, self.k_first, self.k_last, self.slot, self.is_first, self.is_last, self.finish_first,
+            self.finish_end, self.weight, self.kernel_h, self.kernel_w, self.first_y, self.first_x, self.step_y,
+            self.step_x, self.depth, self.image,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Channels of a tile, all of one branch, to be finished once its sum is known."""
+
+    m_tile: int  # these three where tiles are cut
+    slot: int  # the first of its shares
+    slots: int
+    channel_first: int
+    channel_end: int
+    column_first: int  # where they lie in the tile
+    branch: int
+    branch_first: int  # its first channel
+    branch_channels: int
+
+    def row(self) -> tuple[int, ...]:
+        return tuple(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -110,7 +137,7 @@ class Schedule:
 
     segments: tuple[Segment, ...]
     programs: tuple[int, ...]  # [programs + 1]: each program's first segment
-    tiles: tuple[tuple[int, int, int, int, int], ...]  # m_tile, first slot, slots, first channel, end of channels
+    finishes: tuple[Finish, ...]  # of every tile where tiles are cut, else of those of one block of pixels
     slots: int
 
 
@@ -122,7 +149,7 @@ def forward_tiles(problem: Problem, config: Config) -> list[list[Part]]:
             end = min(first + channels, k.channels)
             part = Part(
                 channel_0 + first, channel_0 + end, weight, k.height, k.width, -k.padding[0], -k.padding[1],
-                *k.dilation, problem.hidden, problem.hidden, 0,
+                *k.dilation, problem.hidden,
             )  # fmt: skip
             tiles.append([part])
             weight += part.iterations(config.block_k)
@@ -134,52 +161,76 @@ def backward_tiles(problem: Problem, config: Config) -> list[list[Part]]:
     """As :func:`forward_tiles`; here a tile is a sum over all branches, and weights are packed branch by branch."""
     firsts = range(0, problem.hidden, config.block_n)
     tiles: list[list[Part]] = [[] for _ in firsts]
-    weight, channel_0 = 0, 0
-    for k in problem.kernels:
+    weight = 0
+    for n, k in enumerate(problem.kernels):
         for tile, first in zip(tiles, firsts, strict=True):
             end = min(first + config.block_n, problem.hidden)
             part = Part(
-                first, end, weight, k.height, k.width, *k.padding, -k.dilation[0], -k.dilation[1],
-                4 * k.channels, k.channels, channel_0,
-            )  # fmt: skip
+                first, end, weight, k.height, k.width, *k.padding, -k.dilation[0], -k.dilation[1], 4 * k.channels, n
+            )
             tile.append(part)
             weight += part.iterations(config.block_k)
-        channel_0 += k.channels
     return tiles
+
+
+def finishes(problem: Problem, tile: list[Part], m_tile: int = 0, slot: int = 0, slots: int = 1) -> list[Finish]:
+    """A tile's channels, branch by branch."""
+    first, end = tile[0].channel_first, tile[0].channel_end
+    pieces, branch_first = [], 0
+    for branch, k in enumerate(problem.kernels):
+        a, b = max(first, branch_first), min(end, branch_first + k.channels)
+        if a < b:
+            pieces.append(Finish(m_tile, slot, slots, a, b, a - first, branch, branch_first, k.channels))
+        branch_first += k.channels
+    return pieces
 
 
 def schedule(problem: Problem, config: Config, tiles: list[list[Part]], programs: int) -> Schedule:
     """Share the tiles of all blocks of pixels out to at most ``programs`` programs, evenly."""
-    m_tiles = -(-problem.rows // config.block_m)
-    return cut(m_tiles, tiles, config, programs) if config.split else deal(m_tiles, tiles, config, programs)
+    return (cut if config.split else deal)(problem, config, tiles, programs)
 
 
-def deal(m_tiles: int, tiles: list[list[Part]], config: Config, programs: int) -> Schedule:
+def deal(problem: Problem, config: Config, tiles: list[list[Part]], programs: int) -> Schedule:
     """Whole tiles, the heaviest first, each to the program that has least."""
+    table, rows = [], []
+    for tile in tiles:
+        pieces = finishes(problem, tile)
+        rows.append((len(table), len(table) + len(pieces)))
+        table += pieces
     work = sorted(
-        ((m, tile) for tile in tiles for m in range(m_tiles)),
+        ((m, tile, row) for tile, row in zip(tiles, rows, strict=True) for m in range(problem.m_tiles(config))),
         key=lambda item: -sum(part.iterations(config.block_k) for part in item[1]),
     )
     programs = min(programs, len(work))
     shares: list[list[Segment]] = [[] for _ in range(programs)]
     loads = [(0, p) for p in range(programs)]  # a heap
-    for m, tile in work:
+    for m, tile, (first, end) in work:
         load, p = loads[0]
         for n, part in enumerate(tile):
             count = part.iterations(config.block_k)
             shares[p].append(
-                Segment(**vars(part), m_tile=m, k_last=count, slot=p, is_first=n == 0, is_last=n == len(tile) - 1)
+                Segment(
+                    **vars(part),
+                    m_tile=m,
+                    k_last=count,
+                    slot=p,
+                    is_first=n == 0,
+                    is_last=n == len(tile) - 1,
+                    finish_first=first,
+                    finish_end=end,
+                )
             )
             load += count
         heapq.heapreplace(loads, (load + TILE_COST, p))
-    return Schedule(tuple(s for share in shares for s in share), starts(shares), (), programs)
+    return Schedule(tuple(s for share in shares for s in share), starts(shares), tuple(table), programs)
 
 
 TILE_COST = 4  # iterations that starting and finishing a piece cost
 
 
-def cut(m_tiles: int, tiles: list[list[Part]], config: Config, programs: int) -> Schedule:
+def cut(problem: Problem, config: Config, tiles: list[list[Part]], programs: int) -> Schedule:
     """All tiles' iterations in a row, cut into equal shares; a cut close to a tile's end moves there."""
+    m_tiles = problem.m_tiles(config)
     candidates = {programs, max(1, programs // m_tiles) * m_tiles if m_tiles <= programs else programs}
     best = None
     for count in sorted(candidates):
@@ -189,11 +240,12 @@ def cut(m_tiles: int, tiles: list[list[Part]], config: Config, programs: int) ->
             if best is None or cost < best[0]:
                 best = cost, shares, summed, slots
     _, shares, summed, slots = best
-    return Schedule(tuple(s for share in shares for s in share), starts(shares), tuple(summed), slots)
+    table = tuple(piece for tile, *place in summed for piece in finishes(problem, tile, *place))
+    return Schedule(tuple(s for share in shares for s in share), starts(shares), table, slots)
 
 
 def cut_evenly(m_tiles: int, tiles: list[list[Part]], block_k: int, programs: int, tolerance: float):
-    """Each program's segments, the tiles' sums, and the number of slots."""
+    """Each program's segments, every tile's m_tile, first slot and slots, and the number of slots."""
     lengths = [sum(part.iterations(block_k) for part in tile) for tile in tiles]
     total = m_tiles * sum(lengths)
     programs = min(programs, total)
@@ -231,7 +283,7 @@ def cut_evenly(m_tiles: int, tiles: list[list[Part]], block_k: int, programs: in
                     piece_program = p
                     k, position = k + size, position + size
             slot += 1
-            summed.append((m, first_slot, slot - first_slot, tile_parts[0].channel_first, tile_parts[0].channel_end))
+            summed.append((tile_parts, m, first_slot, slot - first_slot))
     return [s for s in shares if s], summed, slot
 
 
@@ -246,10 +298,6 @@ def starts(shares: list[list[Segment]]) -> tuple[int, ...]:
     for share in shares:
         out.append(out[-1] + len(share))
     return tuple(out)
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def power_of_two(n: int, least: int, most: int) -> int:

@@ -1,0 +1,153 @@
+"""The backward of a whole layer: the recurrence by a backend, everything else over many steps at a time.
+
+Gates, and their gradients in place of them, stay in the parts that convolutions write and read (see
+:mod:`convolution`). What has to be laid out anew, x and h, is so for a span of steps only, which bounds the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from . import aten, ops
+from .convolution import TransitionWeights, gradients, repart, sequence_of, time_major
+from .reference import accumulate_dtype
+
+SPAN_BYTES = 16 << 20  # of copies of x and h at a time; in pieces that are recomputed, of their gates too
+
+
+def spans(steps: int, bytes_each: int) -> list[slice]:
+    """``steps`` in as few even spans as keep to SPAN_BYTES, one after another."""
+    count = min(steps, max(1, -(-steps * bytes_each // SPAN_BYTES)))
+    ends = [steps * n // count for n in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+@dataclass
+class LayerBackward:
+    """Gradients of one call of a layer, gathered span by span; ``SequenceFunction`` says what the names mean."""
+
+    backend: str
+    output_peephole: str
+    dtype: torch.dtype
+    w_x: TransitionWeights | None
+    w_h: TransitionWeights
+    x: Tensor | None  # [B, T, C, H, W]; None without w_x
+    h: Tensor  # [B, T, F, H, W]
+    c: Tensor | None  # [B, T, F, H, W]; let go once it is not needed any more
+    h_0: Tensor | None
+    c_0: Tensor | None
+    peephole: Tensor | None
+    lengths: Tensor | None
+    dh: Tensor | None  # [B, T, F, H, W], from outside
+    dc_n: Tensor | None  # [B, F, H, W], from outside
+    needs_input: Sequence[bool]  # which tensors of w_x want gradients
+    needs_hidden: Sequence[bool]
+    needs_x: bool
+    needs_peephole: bool
+    dh_0: Tensor | None = None  # of the state before the steps whose recurrence ran last
+    dc_0: Tensor | None = None
+    input_grads: list[Tensor | None] = field(init=False)
+    hidden_grads: list[Tensor | None] = field(init=False)
+    dx: Tensor | None = field(init=False)
+    dpeephole: Tensor | None = field(init=False)
+
+    def __post_init__(self):
+        self.w_x = None if self.w_x is None else self.w_x.channels_last()
+        self.input_grads, self.hidden_grads = [None] * len(self.needs_input), [None] * len(self.needs_hidden)
+        self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format) if self.needs_x else None
+        self.dpeephole = torch.zeros_like(self.peephole) if self.needs_peephole else None
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of x and h of one step, in the dtype of the convolutions."""
+        values = self.h[:, 0].numel() + (0 if self.x is None else self.x[:, 0].numel())
+        return values * self.dtype.itemsize
+
+    def state_before(self, step: int) -> tuple[Tensor | None, Tensor | None]:
+        """h and c, the latter in the accumulate dtype, before ``step``."""
+        if step == 0:
+            return self.h_0, self.c_0
+        return self.h[:, step - 1], self.c[:, step - 1].to(accumulate_dtype(self.dtype))
+
+    def at_once(self, gates: list[Tensor]) -> None:
+        """Everything from the ``gates`` of all steps, which become their gradients."""
+        steps = self.h.shape[1]
+        self.recurrence(gates, slice(0, steps))
+        self.c = None  # not needed any more, and large
+        for here in spans(steps, self.step_bytes):
+            self.accumulate([p[:, here] for p in gates], here)
+
+    def in_pieces(self, preactivations: Callable[[slice], list[Tensor]]) -> None:
+        """Everything piece by piece, each from its X(x_t): with ``recompute`` no gates are ever held of all steps."""
+        gates_bytes = 4 * self.h[:, 0].numel() * self.dtype.itemsize
+        for here in reversed(spans(self.h.shape[1], self.step_bytes + gates_bytes)):
+            gates = preactivations(here)
+            self.activate(gates, here)
+            self.recurrence(gates, here)
+            self.accumulate(gates, here)
+
+    def recompute(self, z: list[Tensor]) -> None:
+        """The gates of all steps, written over the pre-activations ``z``."""
+        for here in spans(self.h.shape[1], self.step_bytes):
+            self.activate([p[:, here] for p in z], here)
+
+    def activate(self, z: list[Tensor], here: slice) -> None:
+        aten.recompute_gates(
+            z, self.h[:, here], self.c[:, here], self.w_h, *self.state_before(here.start), self.peephole,
+            self.output_peephole,
+        )  # fmt: skip
+
+    def recurrence(self, gates: list[Tensor], here: slice) -> None:
+        """Backward through the steps ``here``: ``gates`` become their gradients. The later steps have been."""
+        dh = None if self.dh is None else self.dh[:, here]
+        dc_n, lengths = self.dc_n, self.lengths
+        if here.stop < self.h.shape[1]:  # what comes back from the step after these
+            dh = torch.zeros_like(self.h[:, here]) if dh is None else dh.clone()
+            dh[:, -1] += self.dh_0
+            dc_n, lengths = self.dc_0, None
+            if self.dc_n is not None and self.lengths is not None:
+                dc_n = self.dc_n.where((self.lengths <= here.stop).view(-1, 1, 1, 1), self.dc_0)
+                lengths = (self.lengths - here.start).clamp(max=here.stop - here.start)
+        elif lengths is not None:
+            lengths = lengths - here.start
+        h_0, c_0 = self.state_before(here.start)
+        w = self.w_h
+        self.dh_0, self.dc_0 = ops.sequence_backward(
+            gates, self.h[:, here], self.c[:, here], w.tensors(), *w.form, h_0, c_0, self.peephole,
+            self.output_peephole, dh, dc_n, lengths, self.backend,
+        )  # fmt: skip
+        if self.dpeephole is not None:
+            self.dpeephole += aten.peephole_gradient(gates, self.c[:, here], c_0, self.peephole, self.output_peephole)
+
+    def accumulate(self, dz: list[Tensor], here: slice) -> None:
+        """Add what the steps ``here`` have to say of the weights' gradients, and write x's."""
+        images = [p.transpose(0, 1).flatten(0, 1) for p in dz]
+        if any(self.needs_hidden):
+            # h_{-1} = 0 has nothing to add
+            skip = here.start == 0 and self.h_0 is None and here.stop > 1 and not self.w_h.has_bias
+            first = here.start + skip
+            h_prev = aten.previous(
+                self.h[:, first : here.stop], self.h[:, first - 1] if first else self.h_0, self.dtype
+            )
+            seen = [p[skip * self.h.shape[0] :] for p in images]
+            add(self.hidden_grads, gradients(h_prev, seen, self.w_h, self.needs_hidden)[1])
+        if self.dx is not None or any(self.needs_input):
+            images = repart(images, self.w_h.parts, self.w_x.parts)
+            dx, grads = gradients(
+                time_major(self.x[:, here], self.dtype), images, self.w_x, self.needs_input, self.dx is not None
+            )
+            add(self.input_grads, grads)
+            if dx is not None:
+                self.dx[:, here] = sequence_of(dx, here.stop - here.start)
+
+
+def add(totals: list[Tensor | None], grads: list[Tensor | None]) -> None:
+    """``totals`` plus ``grads``, in place; None is zero."""
+    for n, grad in enumerate(grads):
+        if grad is not None:
+            totals[n] = grad if totals[n] is None else totals[n].add_(grad)

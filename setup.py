@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Puts `_C` and, where nvcc is found, the CUDA library into the package.
+    """Puts `_C`, the CPU library and, where nvcc is found, the CUDA library into the package.
 
     The build directory outlives the build, so that the next one compiles only what changed.
     CMAKE_ARGS adds options, for example CMAKE_ARGS=-DMKCONVLSTM_CUDA=OFF.
@@ -33,7 +33,7 @@ class CMakeBuild(build_ext):
             "-DMKCONVLSTM_CUDA=ON",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
-        for stale in package.glob("libmkconvlstm_cuda.so"):
+        for stale in package.glob("libmkconvlstm_*.so"):
             stale.unlink()
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

@@ -71,6 +71,7 @@ py::dict build_info() {
     return text.empty() ? py::object(py::none()) : py::str(text);
   };
   return py::dict("compiler"_a = MKCONVLSTM_COMPILER, "build_type"_a = MKCONVLSTM_BUILD_TYPE,
+                  "cpu_library"_a = MKCONVLSTM_CPU_LIBRARY,
                   "cuda"_a = text_or_none(MKCONVLSTM_CUDA_VERSION),
                   "cuda_missing"_a = text_or_none(MKCONVLSTM_CUDA_MISSING),
                   "cuda_library"_a = text_or_none(MKCONVLSTM_CUDA_LIBRARY),

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "gate_step.h"
+#include "gate_step_cuda.h"
 
 namespace mkconvlstm {
 

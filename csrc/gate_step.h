@@ -1,13 +1,11 @@
-// The pointwise step: what is left of a recurrent step once the hidden-to-hidden convolution is done.
-// All pointers are device memory, owned by the caller, who keeps it alive until the stream has passed the kernel.
+// The pointwise step: what is left of a recurrent step once the hidden-to-hidden convolution is done. One hidden branch
+// at a time: its pre-activations are a tensor of their own, its channels of h and c a slice of theirs.
+// All pointers are memory of the step's device, owned by the caller; on a GPU until the stream has passed the kernel.
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
 #include "gates.cuh"
-#include "plan.h"
 
 namespace mkconvlstm {
 
@@ -23,8 +21,8 @@ struct Operand {
 // What both passes share. "Wide" operands hold float64 for float64 gates and float32 for all others.
 struct GateStep {
   int64_t batch;
-  uint32_t channels, pixels;
-  bool channels_last;  // the order in which threads walk through an image
+  uint32_t channels, pixels;  // channels: of this branch
+  bool channels_last;         // the order in which a GPU's threads walk through an image
   Peepholes peepholes;
 
   Operand z;         // [batch, 4 * channels, pixels], gate-major i f g o; overwritten
@@ -44,9 +42,5 @@ struct GateStepBackward : GateStep {
   Operand dh_out, dh_rec;  // summed; either may be absent, either may be wide
   Operand dc;              // wide: dL/dc_t, becomes dL/dc_{t-1}
 };
-
-// Asynchronous; errors of the launch are left to cudaGetLastError.
-void launch(const GateStepForward& step, const GateStepPlan& plan, DType dtype, cudaStream_t stream);
-void launch(const GateStepBackward& step, const GateStepPlan& plan, DType dtype, cudaStream_t stream);
 
 }  // namespace mkconvlstm

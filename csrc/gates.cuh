@@ -7,7 +7,7 @@
 #ifdef __CUDACC__
 #define MKCONVLSTM_INLINE __host__ __device__ __forceinline__
 #else
-#define MKCONVLSTM_INLINE inline
+#define MKCONVLSTM_INLINE inline __attribute__((always_inline))  // or no loop around it becomes vector code
 #endif
 
 namespace mkconvlstm {
@@ -42,36 +42,48 @@ struct CellGradient {
   T dc_prev;
 };
 
-// expf(-x) may overflow to infinity; the quotient is then zero, as it should be.
-template <typename T>
+// Where exp and tanh come from; a caller may bring others.
+struct StandardMath {
+  template <typename T>
+  static MKCONVLSTM_INLINE T exp(T x) {
+    return std::exp(x);
+  }
+  template <typename T>
+  static MKCONVLSTM_INLINE T tanh(T x) {
+    return std::tanh(x);
+  }
+};
+
+// exp(-x) may overflow to infinity; the quotient is then zero, as it should be.
+template <typename T, typename Math = StandardMath>
 MKCONVLSTM_INLINE T sigmoid(T x) {
-  return T(1) / (T(1) + std::exp(-x));
+  return T(1) / (T(1) + Math::exp(-x));
 }
 
 // z: pre-activations. Without peepholes w is not read into the result, so an infinite c_prev stays harmless.
-template <typename T>
+template <typename T, typename Math = StandardMath>
 MKCONVLSTM_INLINE CellOutput<T> cell_forward(Gates<T> z, T c_prev, PeepholeWeights<T> w, Peepholes peepholes) {
   if (peepholes != Peepholes::kNone) {
     z.i += w.i * c_prev;
     z.f += w.f * c_prev;
   }
-  const T i = sigmoid(z.i);
-  const T f = sigmoid(z.f);
-  const T g = std::tanh(z.g);
+  const T i = sigmoid<T, Math>(z.i);
+  const T f = sigmoid<T, Math>(z.f);
+  const T g = Math::tanh(z.g);
   const T c = f * c_prev + i * g;
 
   if (peepholes != Peepholes::kNone) z.o += w.o * (peepholes == Peepholes::kCurrentOutput ? c : c_prev);
-  const T o = sigmoid(z.o);
-  return {{i, f, g, o}, c, o * std::tanh(c)};
+  const T o = sigmoid<T, Math>(z.o);
+  return {{i, f, g, o}, c, o * Math::tanh(c)};
 }
 
 // gates: activated. dh: dL/dh_t from everywhere. dc: dL/dc_t from step t+1 alone; what reaches c_t through h_t and
 // through a peephole of this step is added here. Peephole weights get sum(dz * c), over time at once, elsewhere.
-template <typename T>
+template <typename T, typename Math = StandardMath>
 MKCONVLSTM_INLINE CellGradient<T> cell_backward(Gates<T> gates, T c_prev, T c, T dh, T dc, PeepholeWeights<T> w,
                                                 Peepholes peepholes) {
   const auto [i, f, g, o] = gates;
-  const T tanh_c = std::tanh(c);
+  const T tanh_c = Math::tanh(c);
 
   Gates<T> dz;
   dz.o = dh * tanh_c * o * (T(1) - o);

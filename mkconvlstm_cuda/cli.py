@@ -51,7 +51,7 @@ def info(
     dtype: Annotated[DType, typer.Option(help="dtype for --plan.")] = DType.float32,
 ) -> None:
     """Versions, devices, and which backends can run here or why not."""
-    from . import dispatch
+    from . import dispatch, library
 
     software = Table("software", "version")
     software.add_row("python", platform.python_version())
@@ -71,7 +71,11 @@ def info(
     for backend in dispatch.BACKENDS.values():
         reason = backend.available()
         backends.add_row(backend.name, f"[yellow]no: {reason}[/yellow]" if reason else "[green]yes[/green]")
-    for table in (software, devices, backends):
+    libraries = Table("compiled gate step", "loaded", caption="without the CPU's, aten takes torch operations there")
+    for kind in ("cpu", "cuda"):
+        reason = library.load(kind)
+        libraries.add_row(kind, f"[yellow]no: {escape(reason)}[/yellow]" if reason else "[green]yes[/green]")
+    for table in (software, devices, backends, libraries):
         console.print(table)
     if plan:
         console.print(show_plan(plan, dtype.value))

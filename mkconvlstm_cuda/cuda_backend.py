@@ -1,17 +1,13 @@
-"""The ``cuda`` backend: the loop of ``aten``, with each step's gates and state update in one CUDA kernel."""
+"""The ``cuda`` backend: the loop of ``aten``, with each step's gates and state update in one CUDA kernel a part."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from . import aten, library
-from .aten import Parts
+from . import aten, compiled, library
 
 
 def available() -> str | None:
     """None where the CUDA library is loaded, else why it is not."""
-    return library.load()
+    return library.load("cuda")
 
 
 def supports(problem) -> str | None:
@@ -23,41 +19,11 @@ def supports(problem) -> str | None:
     return None
 
 
-def gate_step(
-    z: Parts, u: Parts, c_prev: Tensor, peephole: Tensor | None, output_peephole: str
-) -> tuple[Tensor, Tensor]:
-    """:func:`aten.gate_step` as one kernel."""
-    c = torch.empty_like(c_prev)
-    h = torch.empty_like(c_prev, dtype=z[0].dtype)
-    torch.ops.mkconvlstm.gate_step_forward(z, u, c_prev, h, c, contiguous(peephole), output_peephole == "current")
-    return h, c
-
-
-def gate_step_backward(
-    gates: Parts,
-    dh: Tensor | None,
-    dh_prev: Tensor | None,
-    dc: Tensor,
-    c_prev: Tensor,
-    c: Tensor,
-    peephole: Tensor | None,
-    output_peephole: str,
-) -> Tensor:
-    """:func:`aten.gate_step_backward` as one kernel; ``dc`` is overwritten and returned."""
-    current = output_peephole == "current"
-    torch.ops.mkconvlstm.gate_step_backward(gates, dh, dh_prev, dc, c_prev, c, contiguous(peephole), current)
-    return dc
-
-
-def contiguous(peephole: Tensor | None) -> Tensor | None:
-    return None if peephole is None else peephole.contiguous()
-
-
 def forward(*args):
     """See :func:`aten.forward`."""
-    return aten.forward(*args, gate_step=gate_step)
+    return aten.forward(*args, gate_step=compiled.gate_step)
 
 
 def backward(*args):
     """See :func:`aten.backward`."""
-    return aten.backward(*args, gate_step_backward=gate_step_backward)
+    return aten.backward(*args, gate_step_backward=compiled.gate_step_backward)

@@ -1,4 +1,4 @@
-"""Finds and loads the CUDA library, which holds the CUDA kernels of `torch.ops.mkconvlstm`."""
+"""The compiled operations of ``torch.ops.mkconvlstm``: their schema, and the libraries that hold their kernels."""
 
 from __future__ import annotations
 
@@ -9,35 +9,51 @@ from pathlib import Path
 import torch
 
 _lock = threading.Lock()
+_operations = torch.library.Library("mkconvlstm", "FRAGMENT")
+# One step for each hidden branch ("part") r, with F_r channels: z[r] and u[r] are [B, 4*F_r, H, W], gate-major i f g o,
+# h and c [B, F, H, W], where part r owns the channels after those of the parts before it. z, the pre-activations,
+# become activated gates; u, the hidden-to-hidden part, is added, or is empty. c_prev, c and peephole [3, F, 1 or H,
+# 1 or W] (rows w_ci, w_cf, w_co) are float64 for float64 z, else float32. c may be c_prev itself.
+_operations.define(
+    "gate_step_forward(Tensor(a!)[] z, Tensor[] u, Tensor c_prev, Tensor(b!) h, Tensor(c!) c, Tensor? peephole, "
+    "bool current_output_peephole) -> ()"
+)
+# The gates become the gradients of the pre-activations. dc [B, F, H, W] holds dL/dc_t as step t+1 sees it and becomes
+# dL/dc_{t-1}. dL/dh_t = dh + dh_prev, each of the gates' dtype or c's, of any strides.
+_operations.define(
+    "gate_step_backward(Tensor(a!)[] gates, Tensor? dh, Tensor? dh_prev, Tensor(b!) dc, Tensor c_prev, Tensor c, "
+    "Tensor? peephole, bool current_output_peephole) -> ()"
+)
 
 
-def load() -> str | None:
-    """Loads the CUDA library, at most once in a process.
+def load(device_type: str) -> str | None:
+    """Loads the library with the kernels for "cpu" or "cuda", at most once in a process.
 
     Returns:
         None where its operations are there; otherwise the reason why not, in words for the user. Never raises.
     """
     with _lock:
-        return _load()
+        return _load(device_type)
 
 
 @functools.cache
-def _load() -> str | None:
+def _load(device_type: str) -> str | None:
     try:
         from mkconvlstm_cuda import _C
     except ImportError as error:
         return f"the host module mkconvlstm_cuda._C cannot be imported: {error}"
     info = _C.build_info()
-    if info["cuda_missing"]:
+    if device_type == "cuda" and info["cuda_missing"]:
         return f"built without CUDA: {info['cuda_missing']}"
-    path = Path(_C.__file__).with_name(info["cuda_library"])
+    path = Path(_C.__file__).with_name(info[f"{device_type}_library"])
     if not path.exists():
         return f"{path} is missing"
-    # The library needs libtorch_cuda.so, which only a CUDA build of torch brings, and a driver, which comes with a GPU.
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+    if device_type == "cuda":
+        # It needs libtorch_cuda.so, which only a CUDA build of torch brings, and a driver, which comes with a GPU.
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:

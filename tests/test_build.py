@@ -1,4 +1,4 @@
-"""What the build made: the host module's facts, and the CUDA library's contents where nvcc was there."""
+"""What the build made: the host module's facts, the CPU library, and the CUDA library where nvcc was there."""
 
 import importlib.metadata
 import re
@@ -31,12 +31,12 @@ def run(tool, *arguments):
 def test_build_info():
     assert re.match(r"\w+ \d+\.", INFO["compiler"])
     assert INFO["build_type"]
+    assert INFO["torch"].startswith("2.")
     if INFO["cuda_missing"]:
-        assert INFO["cuda"] is INFO["cuda_library"] is INFO["cuda_architectures"] is INFO["torch"] is None
+        assert INFO["cuda"] is INFO["cuda_library"] is INFO["cuda_architectures"] is None
     else:
         assert INFO["cuda"].count(".") >= 1
         assert INFO["cuda_architectures"]
-        assert INFO["torch"].startswith("2.")
 
 
 def test_version_is_kept_once():
@@ -53,20 +53,27 @@ def test_library_holds_code_for_each_architecture(cuda_library):
     assert set(found) == {f"sm_{arch.removesuffix('-real')}" for arch in INFO["cuda_architectures"].split(";")}
 
 
-def test_library_depends_on_torch_and_the_system_alone(cuda_library):
-    dynamic = run("readelf", "-d", cuda_library)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_library_depends_on_torch_and_the_system_alone(kind):
+    if INFO[f"{kind}_library"] is None:
+        pytest.skip(f"built without CUDA: {INFO['cuda_missing']}")
+    dynamic = run("readelf", "-d", Path(_C.__file__).with_name(INFO[f"{kind}_library"]))
     needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
-    assert "libtorch_cuda.so" in needed
-    assert needed - {"libtorch_cuda.so"} <= {
+    assert f"libtorch_{kind}.so" in needed
+    assert needed - {f"libtorch_{kind}.so"} <= {
         "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1",
     }  # fmt: skip
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
 
 
+def test_cpu_library_loads():
+    assert library.load("cpu") is None
+
+
 def test_load_says_why_not():
     results = []
-    threads = [threading.Thread(target=lambda: results.append(library.load())) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: results.append(library.load("cuda"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -74,6 +81,10 @@ def test_load_says_why_not():
     assert len(set(results)) == 1
     if results[0] is None:
         assert torch.cuda.is_available()
-        assert torch.ops.mkconvlstm.gate_step_forward
     else:
         assert results[0]
+
+
+def test_a_library_that_is_not_there_is_a_reason(monkeypatch):
+    monkeypatch.setattr(_C, "build_info", lambda: {**INFO, "cpu_library": "libnothing.so"})
+    assert "libnothing.so is missing" in library._load.__wrapped__("cpu")

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from mkconvlstm_cuda import cli, dispatch
+from mkconvlstm_cuda import cli, dispatch, library
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +22,16 @@ def run(*args: str, code: int = 0) -> str:
 
 
 def test_info_says_what_can_run_and_why_not():
-    output = run("info").split("available")[1]  # the table of backends
+    output = run("info").split("available")[1].split("compiled gate step")[0]  # the table of backends
     for backend in dispatch.BACKENDS.values():
         (line,) = [row for row in output.splitlines() if re.match(rf"\W+{backend.name}\W", row)]
         assert (backend.available() or "yes")[:40] in line
+
+
+def test_info_says_why_a_library_is_not_loaded(monkeypatch):
+    assert re.search(r"\Wcpu\W+yes\W", run("info").split("compiled gate step")[1])
+    monkeypatch.setattr(library, "load", lambda kind: f"no {kind} library today")
+    assert "no cpu library today" in run("info").split("compiled gate step")[1]
 
 
 def test_info_shows_a_plan():

@@ -10,13 +10,23 @@ import torch
 
 from mkconvlstm_cuda import library
 
-DEVICE = "cuda"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["channels_first", "channels_last", "mixed", "misaligned"]
 # peephole shape, and whether the output gate sees c_t
 PEEPHOLES = [(None, False), ("channel", False), ("channel", True), ("pixel", False), ("pixel", True)]
-# Odd sizes; whole vectors; 14 x 14, where only half a vector fits into a channel; one element; nothing; no pixels.
-SHAPES = [(2, 3, 5, 7), (3, 16, 4, 8), (2, 8, 14, 14), (1, 1, 1, 1), (5, 1, 1, 3), (0, 4, 3, 3), (2, 4, 0, 3)]
+# Odd sizes; whole vectors; 14 x 14, where only half a vector fits into a channel; more channels than a CPU's tile has;
+# one element; nothing; no pixels. And how the channels are shared out among branches.
+SHAPES = {
+    (2, 3, 5, 7): (2, 1),
+    (3, 16, 4, 8): (16,),
+    (2, 24, 14, 14): (8, 16),
+    (1, 75, 4, 5): (70, 5),
+    (1, 1, 1, 1): (1,),
+    (5, 1, 1, 3): (1,),
+    (0, 4, 3, 3): (3, 1),
+    (2, 4, 0, 3): (1, 3),
+}
 # The kernels compute in float32 or wider and round once, so an error is a rounding of what is stored.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -49,6 +59,16 @@ def random_problem(shape, peephole):
     return z, u, c_prev, size and 0.5 * torch.randn(size, dtype=torch.float64), dh_out, dh_rec, dc
 
 
+def split(gates, sizes):
+    """Gate-major [B, 4F, H, W] as one gate-major tensor for each branch."""
+    return [part.flatten(1, 2) for part in gates.unflatten(1, (4, -1)).split(sizes, dim=2)]
+
+
+def join(parts):
+    """Inverse of `split`."""
+    return torch.cat([read(part).unflatten(1, (4, -1)) for part in parts], dim=2).flatten(1, 2)
+
+
 def expected_gradients(z, c_prev, peephole, current, dh, dc):
     """dz and dc_prev by autograd; everything is float64."""
     z, c_prev = z.detach().requires_grad_(), c_prev.detach().requires_grad_()
@@ -63,15 +83,16 @@ def wide(dtype):
 class Buffers:
     """Hands out tensors as slices [:, 1] of [B, 3, C, H, W] buffers filled with NaN, and checks what surrounds them."""
 
-    def __init__(self, layout):
+    def __init__(self, layout, device):
         self.layout = layout
+        self.device = device
         self.made = []
 
     def __call__(self, values, dtype):
         batch, channels, height, width = values.shape
         channels_last = self.layout == "channels_last" or (self.layout == "mixed" and len(self.made) % 2 == 0)
         offset = 1 if self.layout == "misaligned" else 0
-        storage = torch.full((offset + 3 * values.numel(),), float("nan"), dtype=dtype, device=DEVICE)
+        storage = torch.full((offset + 3 * values.numel(),), float("nan"), dtype=dtype, device=self.device)
         if channels_last:
             buffer = storage[offset:].view(batch, 3, height, width, channels).permute(0, 1, 4, 2, 3)
         else:
@@ -89,8 +110,8 @@ class Buffers:
             assert buffer[:, [0, 2]].isnan().all()
 
 
-def place(peephole, dtype):
-    return None if peephole is None else peephole.to(DEVICE, wide(dtype))
+def place(peephole, dtype, device):
+    return None if peephole is None else peephole.to(device, wide(dtype))
 
 
 def read(tensor):
@@ -101,92 +122,93 @@ def assert_close(actual, expected, dtype):
     torch.testing.assert_close(read(actual), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-@pytest.fixture(scope="session")
-def ops():
-    reason = library.load()
-    if reason:
-        pytest.skip(reason)
-    return torch.ops.mkconvlstm
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if reason := library.load(request.param):
+        pytest.fail(reason)
+    return request.param
 
 
-def check_forward(ops, shape, dtype, layout, peephole_shape, current, with_u=True):
+OPS = torch.ops.mkconvlstm
+
+
+def check_forward(device, shape, dtype, layout, peephole_shape, current, with_u=True):
     z, u, c_prev, peephole, *_ = random_problem(shape, peephole_shape)
-    buffers = Buffers(layout)
-    z, u, c_prev = buffers(z, dtype), buffers(u, dtype) if with_u else None, buffers(c_prev, wide(dtype))
+    sizes = SHAPES.get(shape, shape[1:2])
+    buffers = Buffers(layout, device)
+    z = [buffers(part, dtype) for part in split(z, sizes)]
+    u = [buffers(part, dtype) for part in split(u, sizes)] if with_u else []
+    c_prev = buffers(c_prev, wide(dtype))
     h, c = buffers.empty_like(c_prev, dtype), buffers.empty_like(c_prev, wide(dtype))
-    peephole = place(peephole, dtype)
+    peephole = place(peephole, dtype, device)
     gates_expected, c_expected, h_expected = equations(
-        read(z) + (read(u) if with_u else 0), read(c_prev), read(peephole), current
+        join(z) + (join(u) if with_u else 0), read(c_prev), read(peephole), current
     )
 
-    ops.gate_step_forward(z, u, c_prev, h, c, peephole, current)
+    OPS.gate_step_forward(z, u, c_prev, h, c, peephole, current)
 
-    assert_close(z, gates_expected, dtype)
+    assert_close(join(z), gates_expected, dtype)
     assert_close(c, c_expected, wide(dtype))
     assert_close(h, h_expected, dtype)
     buffers.check_surroundings()
 
 
-def check_backward(ops, shape, dtype, layout, peephole_shape, current, rec_dtype):
-    z, _, c_prev, peephole, dh_out, dh_rec, dc = random_problem(shape, peephole_shape)
-    buffers = Buffers(layout)
-    c_prev, peephole = buffers(c_prev, wide(dtype)), place(peephole, dtype)
-    gates = buffers(equations(z, read(c_prev), read(peephole), current)[0], dtype)
-    i, f, g, _ = read(gates).chunk(4, dim=1)
+def check_backward(device, shape, dtype, layout, peephole_shape, current, rec_dtype):
+    z, _, c_prev, peephole, dh, dh_prev, dc = random_problem(shape, peephole_shape)
+    buffers = Buffers(layout, device)
+    c_prev, peephole = buffers(c_prev, wide(dtype)), place(peephole, dtype, device)
+    parts = split(equations(z, read(c_prev), read(peephole), current)[0], SHAPES.get(shape, shape[1:2]))
+    gates = [buffers(part, dtype) for part in parts]
+    i, f, g, _ = join(gates).chunk(4, dim=1)
     c = buffers(f * read(c_prev) + i * g, wide(dtype))
-    dh_out, dh_rec, dc = buffers(dh_out, dtype), buffers(dh_rec, rec_dtype), buffers(dc, wide(dtype))
+    dh, dh_prev, dc = buffers(dh, dtype), buffers(dh_prev, rec_dtype), buffers(dc, wide(dtype))
     # The gates are rounded to dtype: gradients are taken at the pre-activations that lead exactly there.
-    z = inverse(read(gates), read(c_prev), read(c), read(peephole), current)
+    z = inverse(join(gates), read(c_prev), read(c), read(peephole), current)
     dz_expected, dc_prev_expected = expected_gradients(
-        z, read(c_prev), read(peephole), current, read(dh_out) + read(dh_rec), read(dc)
+        z, read(c_prev), read(peephole), current, read(dh) + read(dh_prev), read(dc)
     )
 
-    ops.gate_step_backward(gates, dh_out, dh_rec, dc, c_prev, c, peephole, current)
+    OPS.gate_step_backward(gates, dh, dh_prev, dc, c_prev, c, peephole, current)
 
-    assert_close(gates, dz_expected, dtype)
+    assert_close(join(gates), dz_expected, dtype)
     assert_close(dc, dc_prev_expected, wide(dtype))
     buffers.check_surroundings()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("peephole", "current"), PEEPHOLES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward(ops, dtype, layout, peephole, current):
+def test_forward(device, dtype, layout, peephole, current):
     for shape in SHAPES:
-        check_forward(ops, shape, dtype, layout, peephole, current)
-    check_forward(ops, SHAPES[0], dtype, layout, peephole, current, with_u=False)
+        check_forward(device, shape, dtype, layout, peephole, current)
+    check_forward(device, (2, 3, 5, 7), dtype, layout, peephole, current, with_u=False)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("peephole", "current"), PEEPHOLES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_backward(ops, dtype, layout, peephole, current):
+def test_backward(device, dtype, layout, peephole, current):
     for shape in SHAPES:
         for rec_dtype in {dtype, wide(dtype)}:
-            check_backward(ops, shape, dtype, layout, peephole, current, rec_dtype)
+            check_backward(device, shape, dtype, layout, peephole, current, rec_dtype)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(66000, 2, 1, 1), (1, 64, 160, 160)], ids=["batch", "image"])
-def test_more_work_than_one_grid_holds(ops, shape):
-    check_forward(ops, shape, torch.float64, "channels_first", "channel", False)
-    check_backward(ops, shape, torch.float64, "channels_last", "channel", False, torch.float64)
+def test_more_work_than_one_grid_holds(device, shape):
+    check_forward(device, shape, torch.float64, "channels_first", "channel", False)
+    check_backward(device, shape, torch.float64, "channels_last", "channel", False, torch.float64)
 
 
-@pytest.mark.gpu
-def test_c_may_overwrite_c_prev(ops):
-    z, _, c, *_ = (None if t is None else t.to(DEVICE) for t in random_problem((2, 3, 5, 7), None))
+def test_c_may_overwrite_c_prev(device):
+    z, _, c, *_ = (None if t is None else t.to(device) for t in random_problem((2, 3, 5, 7), None))
     gates_expected, c_expected, h_expected = equations(read(z), read(c), None, False)
     h = torch.full_like(c, float("nan"))
-    ops.gate_step_forward(z, None, c, h, c, None, False)
+    OPS.gate_step_forward([z], [], c, h, c, None, False)
     for actual, expected in ((z, gates_expected), (c, c_expected), (h, h_expected)):
         assert_close(actual, expected, torch.float64)
 
 
-@pytest.mark.gpu
-def test_absent_and_expanded_gradients(ops):
+def test_absent_and_expanded_gradients(device):
     """dh as `output.sum().backward()` brings it: one element with strides of zero."""
     z, _, c_prev, _, _, _, dc = random_problem((2, 4, 4, 4), None)
     gates, c, _ = equations(z, c_prev, None, False)
@@ -194,32 +216,68 @@ def test_absent_and_expanded_gradients(ops):
         dz_expected, dc_prev_expected = expected_gradients(
             z, c_prev, None, False, torch.zeros_like(dc) if dh is None else dh, dc
         )
-        gates_, dc_, c_prev_, c_ = (t.to(DEVICE, copy=True) for t in (gates, dc, c_prev, c))
-        dh_ = None if dh is None else torch.ones((), dtype=torch.float64, device=DEVICE).expand(dc.shape)
-        ops.gate_step_backward(gates_, dh_, None, dc_, c_prev_, c_, None, False)
+        gates_, dc_, c_prev_, c_ = (t.to(device, copy=True) for t in (gates, dc, c_prev, c))
+        dh_ = None if dh is None else torch.ones((), dtype=torch.float64, device=device).expand(dc.shape)
+        OPS.gate_step_backward([gates_], dh_, None, dc_, c_prev_, c_, None, False)
         assert_close(gates_, dz_expected, torch.float64)
         assert_close(dc_, dc_prev_expected, torch.float64)
 
 
-@pytest.mark.gpu
-def test_refusals_name_the_argument(ops):
-    def step(z=(2, 8, 3, 3), c_prev=torch.float32, h=None, peephole=None):
-        z = torch.zeros(z, dtype=torch.float16, device=DEVICE)
-        c = torch.zeros(2, 2, 3, 3, device=DEVICE)
-        h = torch.zeros(2, 2, 3, 3, dtype=torch.float16, device=DEVICE) if h is None else h
-        ops.gate_step_forward(z, None, c.to(c_prev), h, c, peephole, False)
+def test_refusals_name_the_argument(device):
+    def step(z=(2, 8, 3, 3), u=(), c_prev=torch.float32, h=None, peephole=None):
+        z = torch.zeros(z, dtype=torch.float16, device=device)
+        c = torch.zeros(2, 2, 3, 3, device=device)
+        h = torch.zeros(2, 2, 3, 3, dtype=torch.float16, device=device) if h is None else h
+        OPS.gate_step_forward([z], u, c.to(c_prev), h, c, peephole, False)
 
     step()
     with pytest.raises(RuntimeError, match=r"z must be \[batch, 4 \* channels, height, width\].* got \[2, 7, 3, 3\]"):
         step(z=(2, 7, 3, 3))
+    with pytest.raises(RuntimeError, match="u must be a list of 1 tensors, one a hidden branch, got 2"):
+        step(u=2 * [torch.zeros(2, 4, 3, 3, dtype=torch.float16, device=device)])
+    with pytest.raises(RuntimeError, match=r"u\[0\] must be \[2, 8, 3, 3\] float16 .* got \[2, 4, 3, 3\] float16"):
+        step(u=[torch.zeros(2, 4, 3, 3, dtype=torch.float16, device=device)])
     with pytest.raises(RuntimeError, match=r"c_prev must be \[2, 2, 3, 3\] float32 .* got \[2, 2, 3, 3\] float16"):
         step(c_prev=torch.float16)
     with pytest.raises(RuntimeError, match="h must hold its images apart, each contiguous"):
-        step(h=torch.zeros(1, 2, 3, 3, dtype=torch.float16, device=DEVICE).expand(2, 2, 3, 3))
+        step(h=torch.zeros(1, 2, 3, 3, dtype=torch.float16, device=device).expand(2, 2, 3, 3))
     with pytest.raises(RuntimeError, match=r"h must hold its pixels at one stride, got strides \[6, 3, 1, 0\]"):
-        step(h=torch.zeros(2, 2, 3, 1, dtype=torch.float16, device=DEVICE).expand(2, 2, 3, 3))
+        step(h=torch.zeros(2, 2, 3, 1, dtype=torch.float16, device=device).expand(2, 2, 3, 3))
     with pytest.raises(RuntimeError, match=r"peephole must be \[3, 2, 1, 1\] float32 .* or \[3, 2, 3, 3\]"):
-        step(peephole=torch.zeros(3, 2, 3, 1, device=DEVICE))
+        step(peephole=torch.zeros(3, 2, 3, 1, device=device))
+    with pytest.raises(RuntimeError, match="z must be a non-empty list"):
+        OPS.gate_step_forward([], [], *3 * [torch.zeros(2, 2, 3, 3, device=device)], None, False)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_cpu_threads_share_the_work(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_forward("cpu", (3, 40, 30, 31), torch.float32, "channels_last", None, False)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cpu_float32_is_within_a_few_roundings():
+    """The CPU library's own exp and tanh, over their whole range: one gate at a time against float64."""
+    x = torch.cat([torch.linspace(-120, 120, 200001), torch.logspace(-30, 1, 20001), -torch.logspace(-30, 1, 20001)])
+    x = torch.cat([x, torch.tensor([0.0, float("inf"), -float("inf")])]).view(1, -1, 1, 1)
+    z = torch.cat([x, x, x, x], dim=1)
+    c_prev, h, c = torch.zeros_like(x), torch.empty_like(x), torch.empty_like(x)
+    OPS.gate_step_forward([z], [], c_prev, h, c, None, False)
+    gates, exact = z.chunk(4, dim=1), x.double()
+    wanted = [torch.sigmoid(exact), torch.sigmoid(exact), torch.tanh(exact), torch.sigmoid(exact)]
+    for gate, value in zip(gates, wanted, strict=True):
+        torch.testing.assert_close(gate.double(), value, rtol=3e-7, atol=1e-37)
+    torch.testing.assert_close(h.double(), gates[3].double() * torch.tanh(c.double()), rtol=4e-7, atol=1e-37)
+
+
+def test_cpu_nan_stays_nan():
+    z, c = torch.full((1, 4, 1, 1), float("nan")), torch.ones(1, 1, 1, 1)
+    h = torch.zeros_like(c)
+    OPS.gate_step_forward([z], [], c, h, c, None, False)
+    assert torch.cat([z.flatten(), h.flatten(), c.flatten()]).isnan().all()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import aten, ops
+from . import aten, compiled, library, ops
 from .convolution import TransitionWeights, gradients, repart, sequence_of, time_major
 from .reference import accumulate_dtype
 
@@ -97,9 +97,10 @@ class LayerBackward:
             self.activate([p[:, here] for p in z], here)
 
     def activate(self, z: list[Tensor], here: slice) -> None:
+        has_compiled = library.load(self.h.device.type) is None
         aten.recompute_gates(
             z, self.h[:, here], self.c[:, here], self.w_h, *self.state_before(here.start), self.peephole,
-            self.output_peephole,
+            self.output_peephole, compiled.gate_step if has_compiled else aten.gate_step,
         )  # fmt: skip
 
     def recurrence(self, gates: list[Tensor], here: slice) -> None:

@@ -236,26 +236,70 @@ def branches_gradient(dparts: Sequence[Tensor], w: TransitionWeights, v: Tensor 
     return deinterleave(du, w.sizes)
 
 
-def convolution_gradient(dy: Tensor, b: BranchWeights) -> Tensor:
-    """``dy`` [N, 4*F_r, H, W] -> [N, C', H, W]: the gradient of the K_r x K_r convolution's input."""
+def images_like(dy: Tensor, channels: int) -> Tensor:
+    """Uninitialised channels-last images [N, ``channels``, H, W] for ``dy`` [N, ..., H, W]: a stand-in for an input.
+
+    torch lays a gradient out anew, and back, where the input that it belongs to is not channels-last too.
+    """
     n, _, height, width = dy.shape
-    size = (n, b.weight.shape[1], height, width)
-    return conv2d_input(size, b.weight, dy, padding=b.padding, dilation=b.dilation)
+    return dy.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
 
 
-def bottleneck_gradient(da: Tensor, b: BranchWeights) -> Tensor:
-    """``da`` [N, C', H, W] -> [N, C, H, W]: the same through the branch's bottleneck, if it has one."""
+def convolution_gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor, padding: list[int], dilation: Sequence[int], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of a convolution's input, weight and bias, as far as ``needs`` asks for each; None for the others.
+
+    ``dy`` [N, outputs, H, W]; ``x`` [N, C, H, W] may be None where the weight's is not asked for.
+    """
+    if not any(needs):
+        return None, None, None
+    x = images_like(dy, weight.shape[1]) if x is None else x
+    bias = [weight.shape[0]] if needs[2] else None
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, bias, [1, 1], padding, dilation, False, [0, 0], 1, list(needs)
+    )
+
+
+def branch_gradients(dy: Tensor, x: Tensor | None, b: BranchWeights, needs: Sequence[bool], needs_x: bool):
+    """Backward of :func:`branch_forward`: dx, and the gradients of weight, bias, bottleneck and bottleneck bias.
+
+    ``needs`` are of those four; ``x`` may be None where none of them is asked for.
+    """
+    weight, bias, bottleneck, bottleneck_bias = needs
+    deeper = needs_x or bottleneck or bottleneck_bias
+    a = x
+    if weight and b.bottleneck is not None:
+        a = F.conv2d(x, b.bottleneck, b.bottleneck_bias)
+    da, dw, db = convolution_gradients(
+        dy, a if weight else None, b.weight, b.padding, b.dilation, (deeper, weight, bias)
+    )
     if b.bottleneck is None:
-        return da
-    return conv2d_input((da.shape[0], b.bottleneck.shape[1], *da.shape[2:]), b.bottleneck, da)
+        return da, [dw, db, None, None]
+    dx, *narrow = (
+        convolution_gradients(da, x, b.bottleneck, [0, 0], [1, 1], (needs_x, bottleneck, bottleneck_bias))
+        if deeper
+        else (None, None, None)
+    )
+    return dx, [dw, db, *narrow]
+
+
+def mix_gradient(dparts: Sequence[Tensor], w: TransitionWeights, v: Tensor | None) -> Iterable[Tensor]:
+    """Gradients [N, 4*F_r, H, W] of the branches' outputs from those of the parts; ``v``: :func:`premix`'s value."""
+    if w.mix is None:
+        return dparts
+    du = conv2d_input(dparts[0].shape, w.mix, dparts[0], groups=w.mix_groups)
+    if w.mix_tanh:
+        du = torch.ops.aten.tanh_backward(du, v)
+    return map(channels_last, deinterleave(du, w.sizes))
 
 
 def input_gradient(dparts: Sequence[Tensor], w: TransitionWeights, v: Tensor | None = None) -> Tensor:
     """The gradient [N, C, H, W] of a transition's input; ``v``, :func:`premix`'s value, is needed for a tanh."""
     total = None
-    for dy, b in zip(branches_gradient(dparts, w, v), w.branches, strict=True):
-        da = bottleneck_gradient(convolution_gradient(dy, b), b)
-        total = da if total is None else total.add_(da)
+    for dy, b in zip(mix_gradient(dparts, w, v), w.branches, strict=True):
+        dx, _ = branch_gradients(dy, None, b, (False,) * 4, True)
+        total = dx if total is None else total.add_(dx)
     return total
 
 
@@ -272,32 +316,18 @@ def gradients(
     Returns:
         dx [N, C, H, W] and the gradients of the tensors; None where none is needed.
     """
-    dx, grads = None, [None] * len(needs)
-    if not (needs_x or any(needs)):
-        return dx, grads
-    v = premix(x, w) if w.mix is not None and (needs[-2] or w.mix_tanh) else None
-    if needs[-2]:
-        grads[-2] = conv2d_weight(v, w.mix.shape, dparts[0], groups=w.mix_groups)
-    if needs[-1]:
-        grads[-1] = dparts[0].sum((0, 2, 3))
-    if not (needs_x or any(needs[:-2])):
-        return dx, grads
-    for r, (dy, b) in enumerate(zip(branches_gradient(dparts, w, v), w.branches, strict=True)):
-        first = r * w.TENSORS_PER_BRANCH
-        weight, bias, bottleneck, bottleneck_bias = needs[first : first + w.TENSORS_PER_BRANCH]
-        if weight:
-            a = x if b.bottleneck is None else F.conv2d(x, b.bottleneck, b.bottleneck_bias)
-            grads[first] = conv2d_weight(a, b.weight.shape, dy, padding=b.padding, dilation=b.dilation)
-        if bias:
-            grads[first + 1] = dy.sum((0, 2, 3))
-        if not (needs_x or bottleneck or bottleneck_bias):
-            continue
-        da = convolution_gradient(dy, b)
-        if bottleneck:
-            grads[first + 2] = conv2d_weight(x, b.bottleneck.shape, da)
-        if bottleneck_bias:
-            grads[first + 3] = da.sum((0, 2, 3))
-        if needs_x:
-            da = bottleneck_gradient(da, b)
-            dx = da if dx is None else dx.add_(da)
+    dx, grads = None, []
+    *of_branches, mix, mix_bias = needs
+    v = premix(x, w) if w.mix is not None and (mix or (w.mix_tanh and (needs_x or any(of_branches)))) else None
+    if needs_x or any(of_branches):
+        for r, (dy, b) in enumerate(zip(mix_gradient(dparts, w, v), w.branches, strict=True)):
+            first = r * w.TENSORS_PER_BRANCH
+            da, branch = branch_gradients(dy, x, b, of_branches[first : first + w.TENSORS_PER_BRANCH], needs_x)
+            grads += branch
+            if needs_x:
+                dx = da if dx is None else dx.add_(da)
+    else:
+        grads += [None] * len(of_branches)
+    grads.append(conv2d_weight(v, w.mix.shape, dparts[0], groups=w.mix_groups) if mix else None)
+    grads.append(dparts[0].sum((0, 2, 3)) if mix_bias else None)
     return dx, grads

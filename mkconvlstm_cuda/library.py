@@ -43,6 +43,8 @@ def _load(device_type: str) -> str | None:
     except ImportError as error:
         return f"the host module mkconvlstm_cuda._C cannot be imported: {error}"
     info = _C.build_info()
+    if f"{device_type}_library" not in info:
+        return f"there is none for {device_type}"
     if device_type == "cuda" and info["cuda_missing"]:
         return f"built without CUDA: {info['cuda_missing']}"
     path = Path(_C.__file__).with_name(info[f"{device_type}_library"])

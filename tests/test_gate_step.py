@@ -125,7 +125,7 @@ def assert_close(actual, expected, dtype):
 @pytest.fixture(params=DEVICES)
 def device(request):
     if reason := library.load(request.param):
-        pytest.fail(reason)
+        (pytest.skip if request.param == "cuda" else pytest.fail)(reason)
     return request.param
 
 

@@ -106,13 +106,14 @@ void run(GateSteps<Step> steps, int32_t device) {
 
 void gate_step_forward(TensorList z, TensorList u, Tensor c_prev, Tensor h, Tensor c, OptionalTensor peephole,
                        bool current_output_peephole) {
-  run(read_forward(kDevice, z, u, c_prev, h, c, peephole, current_output_peephole), z[0].get_device_index());
+  auto steps = read_forward(kDevice, z, u, c_prev, h, c, peephole, current_output_peephole);
+  run(std::move(steps), z[0].get_device_index());  // now that there is one
 }
 
 void gate_step_backward(TensorList gates, OptionalTensor dh, OptionalTensor dh_prev, Tensor dc, Tensor c_prev,
                         Tensor c, OptionalTensor peephole, bool current_output_peephole) {
-  run(read_backward(kDevice, gates, dh, dh_prev, dc, c_prev, c, peephole, current_output_peephole),
-      gates[0].get_device_index());
+  auto steps = read_backward(kDevice, gates, dh, dh_prev, dc, c_prev, c, peephole, current_output_peephole);
+  run(std::move(steps), gates[0].get_device_index());
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import layout
 from .convolution import (
     TransitionWeights,
     channels_last,
@@ -43,7 +44,7 @@ def previous(states: Tensor, initial: Tensor | None, dtype: torch.dtype) -> Tens
     batch, steps, hidden, height, width = states.shape
     out = states.new_empty((steps, batch, height, width, hidden), dtype=dtype).permute(1, 0, 4, 2, 3)
     out[:, 0] = 0 if initial is None else initial
-    out[:, 1:] = states[:, :-1]
+    layout.copy(out[:, 1:], states[:, :-1])
     return out.transpose(0, 1).flatten(0, 1)
 
 

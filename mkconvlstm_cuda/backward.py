@@ -13,11 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import aten, compiled, library, ops
+from . import aten, compiled, layout, library, ops
 from .convolution import TransitionWeights, gradients, repart, sequence_of, time_major
 from .reference import accumulate_dtype
 
-SPAN_BYTES = 16 << 20  # of copies of x and h at a time; in pieces that are recomputed, of their gates too
+SPAN_BYTES = 32 << 20  # of copies of x and h at a time; in pieces that are recomputed, of their gates too
 
 
 def spans(steps: int, bytes_each: int) -> list[slice]:
@@ -144,7 +144,7 @@ class LayerBackward:
             )
             add(self.input_grads, grads)
             if dx is not None:
-                self.dx[:, here] = sequence_of(dx, here.stop - here.start)
+                layout.copy(self.dx[:, here], sequence_of(dx, here.stop - here.start))
 
 
 def add(totals: list[Tensor | None], grads: list[Tensor | None]) -> None:

@@ -25,6 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from . import layout
+from .layout import channel_sums
+
 MOST_OUTPUTS = 512  # of one convolution on a GPU: cuDNN is half as fast on 1024 as on twice 512
 
 
@@ -217,7 +220,12 @@ def repart(parts: list[Tensor], sizes: Sequence[int], wanted: Sequence[int]) -> 
 
 def time_major(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` [B, T, C, H, W] as images [T*B, C, H, W] in ``dtype``, channels-last, the time outermost."""
-    images = x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()
+    if torch.is_grad_enabled() and x.requires_grad:
+        images = x.permute(1, 0, 3, 4, 2).to(dtype).contiguous()
+    else:
+        batch, steps, channels, height, width = x.shape
+        images = x.new_empty((steps, batch, height, width, channels), dtype=dtype)
+        layout.copy(images.permute(1, 0, 4, 2, 3), x)
     return images.flatten(0, 1).permute(0, 3, 1, 2)
 
 
@@ -252,13 +260,15 @@ def convolution_gradients(
 
     ``dy`` [N, outputs, H, W]; ``x`` [N, C, H, W] may be None where the weight's is not asked for.
     """
-    if not any(needs):
-        return None, None, None
-    x = images_like(dy, weight.shape[1]) if x is None else x
-    bias = [weight.shape[0]] if needs[2] else None
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, bias, [1, 1], padding, dilation, False, [0, 0], 1, list(needs)
-    )
+    needs_x, needs_weight, needs_bias = needs
+    dx, dw, db = None, None, channel_sums(dy) if needs_bias else None
+    if needs_x or needs_weight:
+        x = images_like(dy, weight.shape[1]) if x is None else x
+        mask = [needs_x, needs_weight, False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, [1, 1], padding, dilation, False, [0, 0], 1, mask
+        )
+    return dx, dw, db
 
 
 def branch_gradients(dy: Tensor, x: Tensor | None, b: BranchWeights, needs: Sequence[bool], needs_x: bool):
@@ -329,5 +339,5 @@ def gradients(
     else:
         grads += [None] * len(of_branches)
     grads.append(conv2d_weight(v, w.mix.shape, dparts[0], groups=w.mix_groups) if mix else None)
-    grads.append(dparts[0].sum((0, 2, 3)) if mix_bias else None)
+    grads.append(channel_sums(dparts[0]) if mix_bias else None)
     return dx, grads

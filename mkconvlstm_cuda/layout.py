@@ -1,0 +1,38 @@
+"""Tensors laid out anew: by Triton kernels on GPUs that have them, else by torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import triton_backend
+
+
+def has_kernels(*tensors: Tensor) -> bool:
+    """Whether Triton kernels may stand in for torch: nothing has to see, trace or differentiate what they do."""
+    if torch.compiler.is_compiling() or triton_backend.available():
+        return False
+    on_device = all(t.is_cuda or triton_backend.interpreted() for t in tensors)
+    return on_device and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def copy(target: Tensor, source: Tensor) -> None:
+    """``target.copy_(source)`` for [B, T, C, H, W] of any strides and dtypes."""
+    if has_kernels(target, source):
+        from .triton_kernels import layout
+
+        with torch.cuda.device_of(source):
+            if layout.copy(target, source):
+                return
+    target.copy_(source)
+
+
+def channel_sums(images: Tensor) -> Tensor:
+    """``images.sum((0, 2, 3))``, [C], for ``images`` [N, C, H, W]."""
+    channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    if has_kernels(images) and channels_last and images.dtype != torch.float64:
+        from .triton_kernels import layout
+
+        with torch.cuda.device_of(images):
+            return layout.channel_sums(images)
+    return images.sum((0, 2, 3))

@@ -15,12 +15,14 @@ from .backward import LayerBackward
 from .convolution import (
     TransitionWeights,
     channels_last,
+    join_gates,
     repart,
     sequence_of,
     time_major,
     transition_forward,
     transition_parts,
 )
+from .dispatch import BACKENDS
 
 
 def no_autocast(device: torch.device):
@@ -41,6 +43,14 @@ class SequenceOptions:
     output_peephole: str
     recompute: bool
     recompute_z: Callable[[], Tensor] | None  # z once more, where it is given: a fresh tensor each time
+
+    def bias_of_input(self, bias: Tensor | None) -> Tensor | None:
+        """``bias`` where it goes into z, else None."""
+        return None if BACKENDS[self.backend].adds_bias else bias
+
+    def bias_of_hidden(self, bias: Tensor | None) -> Tensor | None:
+        """``bias`` where the backend adds it, else None."""
+        return bias if BACKENDS[self.backend].adds_bias else None
 
     def split(self, tensors: list) -> tuple[list, list]:
         """What belongs to the input transition's tensors, and what to the hidden transition's."""
@@ -63,16 +73,22 @@ def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def preactivations(
-    x: Tensor, z: Tensor | None, w_x: TransitionWeights | None, w_h: TransitionWeights, dtype: torch.dtype
+    x: Tensor,
+    z: Tensor | None,
+    w_x: TransitionWeights | None,
+    w_h: TransitionWeights,
+    dtype: torch.dtype,
+    bias: Tensor | None,
 ) -> list[Tensor]:
-    """X(x_t) of all steps, in the hidden transition's parts, each [B, T, 4*F_p, H, W].
+    """X(x_t) + b of all steps, in the hidden transition's parts, each [B, T, 4*F_p, H, W].
 
-    ``x`` is [B, T, C, H, W]; ``z``, where ``w_x`` is None, X's value as images [T*B, 4F, H, W].
+    ``x`` is [B, T, C, H, W]; ``z``, where ``w_x`` is None, X's value as images [T*B, 4F, H, W]; ``bias`` [4F] or None.
     """
     if w_x is None:
+        z = z if bias is None else z + bias.to(dtype)[:, None, None]
         parts, sizes = [channels_last(z)], [z.shape[1] // 4]
     else:
-        parts, sizes = transition_parts(time_major(x, dtype), w_x.channels_last()), w_x.parts
+        parts, sizes = transition_parts(time_major(x, dtype), w_x.with_bias(bias).channels_last()), w_x.parts
     return [sequence_of(p, x.shape[1]) for p in repart(parts, sizes, w_h.parts)]
 
 
@@ -85,15 +101,15 @@ class SequenceFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx, options: SequenceOptions, x, z, h_0, c_0, peephole, lengths, *tensors):
+    def forward(ctx, options: SequenceOptions, x, z, h_0, c_0, peephole, bias, lengths, *tensors):
         w_x, w_h = options.transitions(tensors)
         z = None if z is None else z.detach()  # it is ours alone: overwritten without its graph's knowledge
-        gates = preactivations(x, z, w_x, w_h, options.dtype)
+        gates = preactivations(x, z, w_x, w_h, options.dtype, options.bias_of_input(bias))
         args = (w_h.tensors(), *options.hidden_form, h_0, c_0, peephole, options.output_peephole)
-        h, c = ops.sequence_forward(gates, *args, True, options.backend)
+        h, c = ops.sequence_forward(gates, *args, options.bias_of_hidden(bias), True, options.backend)
         kept, kept_c = ([], c.to(h.dtype)) if options.recompute else (gates, c)
         kept_x = None if w_x is None else x
-        ctx.save_for_backward(kept_x, h, kept_c, h_0, c_0, peephole, lengths, *tensors, *kept)
+        ctx.save_for_backward(kept_x, h, kept_c, h_0, c_0, peephole, bias, lengths, *tensors, *kept)
         ctx.options, ctx.count = options, len(tensors)
         ctx.set_materialize_grads(False)
         return h, last_states(h, lengths), last_states(c, lengths)
@@ -112,7 +128,7 @@ class SequenceFunction(Function):
     def plain_backward(ctx, dh, dh_n, dc_n):
         """Backward by the backend that ran forward."""
         options = ctx.options
-        x, h, c, h_0, c_0, peephole, lengths, *rest = ctx.saved_tensors
+        x, h, c, h_0, c_0, peephole, bias, lengths, *rest = ctx.saved_tensors
         tensors, gates = rest[: ctx.count], rest[ctx.count :]
         del rest
         if keeps_graph():
@@ -121,17 +137,18 @@ class SequenceFunction(Function):
             ctx.maybe_clear_saved_tensors()
             ctx.options = None
         w_x, w_h = options.transitions(tensors)
-        _, needs_x, needs_z, needs_h_0, needs_c_0, needs_peephole, _, *needs = ctx.needs_input_grad
+        _, needs_x, needs_z, needs_h_0, needs_c_0, needs_peephole, needs_bias, _, *needs = ctx.needs_input_grad
         needs_input, needs_hidden = options.split(needs)
         run = LayerBackward(
             options.backend, options.output_peephole, options.dtype, w_x, w_h, x, h, c, h_0, c_0, peephole, lengths,
             add_last_gradient(dh, dh_n, h, lengths), dc_n, needs_input, needs_hidden, needs_x, needs_peephole,
+            needs_bias,
         )  # fmt: skip
         del c
         if options.recompute and w_x is not None:
-            run.in_pieces(lambda here: preactivations(x[:, here], None, w_x, w_h, options.dtype))
+            run.in_pieces(lambda here: preactivations(x[:, here], None, w_x, w_h, options.dtype, bias))
         elif options.recompute:
-            dz = preactivations(h, options.recompute_z().detach(), None, w_h, options.dtype)
+            dz = preactivations(h, options.recompute_z().detach(), None, w_h, options.dtype, bias)
             run.recompute(dz)
             run.at_once(dz)
         else:
@@ -145,6 +162,7 @@ class SequenceFunction(Function):
             run.dh_0 if needs_h_0 else None,
             run.dc_0 if needs_c_0 else None,
             run.dpeephole,
+            None if run.dbias is None else join_gates(run.dbias).to(bias.dtype),
             None,
             *run.input_grads,
             *run.hidden_grads,
@@ -158,12 +176,14 @@ class SequenceFunction(Function):
         steps = h.shape[1]
         # Aliases, so that what z has of the same tensors (tied weights, x computed from h_0) is not counted here too.
         x = None if x is None else x.view_as(x)
-        h_0, c_0, peephole, lengths, *tensors = (None if t is None else t.view_as(t) for t in saved[: 4 + ctx.count])
+        saved = [None if t is None else t.view_as(t) for t in saved[: 5 + ctx.count]]
+        h_0, c_0, peephole, bias, lengths, *tensors = saved
         w_x, w_h = options.transitions(tensors)
         z = None if x is not None else options.recompute_z()
         if z is not None and not z.requires_grad:
             z = z.detach().requires_grad_()
         images = z if x is None else transition_forward(time_major(x, options.dtype), w_x)
+        images = images if bias is None else images + bias.to(images.dtype)[:, None, None]
         h, c = reference.sequence(
             sequence_of(images, steps),
             lambda state: transition_forward(state, w_h),
@@ -174,7 +194,7 @@ class SequenceFunction(Function):
         )
         outputs = ((h, dh), (last_states(h, lengths), dh_n), (last_states(c, lengths), dc_n))
         outputs = [(y, dy) for y, dy in outputs if dy is not None]
-        inputs = (None, x, z, h_0, c_0, peephole, None, *tensors)
+        inputs = (None, x, z, h_0, c_0, peephole, bias, None, *tensors)
         wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
         ys, dys = zip(*outputs, strict=True)
         grads = torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True)

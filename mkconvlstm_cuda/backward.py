@@ -49,18 +49,21 @@ class LayerBackward:
     needs_hidden: Sequence[bool]
     needs_x: bool
     needs_peephole: bool
+    needs_bias: bool
     dh_0: Tensor | None = None  # of the state before the steps whose recurrence ran last
     dc_0: Tensor | None = None
     input_grads: list[Tensor | None] = field(init=False)
     hidden_grads: list[Tensor | None] = field(init=False)
     dx: Tensor | None = field(init=False)
     dpeephole: Tensor | None = field(init=False)
+    dbias: list[Tensor | None] | None = field(init=False)  # [4*F_p] of each part
 
     def __post_init__(self):
         self.w_x = None if self.w_x is None else self.w_x.channels_last()
         self.input_grads, self.hidden_grads = [None] * len(self.needs_input), [None] * len(self.needs_hidden)
         self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format) if self.needs_x else None
         self.dpeephole = torch.zeros_like(self.peephole) if self.needs_peephole else None
+        self.dbias = [None] * len(self.w_h.parts) if self.needs_bias else None
 
     @property
     def step_bytes(self) -> int:
@@ -128,6 +131,8 @@ class LayerBackward:
     def accumulate(self, dz: list[Tensor], here: slice) -> None:
         """Add what the steps ``here`` have to say of the weights' gradients, and write x's."""
         images = [p.transpose(0, 1).flatten(0, 1) for p in dz]
+        if self.needs_bias:
+            add(self.dbias, list(map(layout.channel_sums, images)))
         if any(self.needs_hidden):
             # h_{-1} = 0 has nothing to add
             skip = here.start == 0 and self.h_0 is None and here.stop > 1 and not self.w_h.has_bias

@@ -150,20 +150,18 @@ class MKConvLSTMCell(nn.Module):
             live = self.hidden_transition.live_parts
             hidden = self.hidden_transition if live else self.hidden_transition.weights().to(dtype)
             chosen = functional.choose(x, dtype, hidden, live_parts=live, backend=self.backend)
-            bias = self.bias  # of the input transition
-            if chosen.adds_bias:
-                hidden, bias = hidden.with_bias(bias).to(dtype), None
             masks = None if self.attention is None else self.masks(flow, dtype)
             weights = None
             if masks is None and not self.input_transition.live_parts:
-                weights = self.input_transition.weights().with_bias(bias).to(dtype)
+                weights = self.input_transition.weights().to(dtype)
 
-            inputs = weights or self.live_input_transition(x, masks, bias, dtype)
+            inputs = weights or self.live_input_transition(x, masks, dtype)
             h, h_n, c_n = functional.sequence(
                 chosen,
                 x,
                 inputs,
                 hidden,
+                self.bias,
                 h_0,
                 c_0,
                 dtype=dtype,
@@ -175,19 +173,16 @@ class MKConvLSTMCell(nn.Module):
         self.last_backend = chosen.name
         return h, h_n, c_n
 
-    def live_input_transition(
-        self, x: Tensor, masks: list[Tensor | None] | None, bias: Tensor | None, dtype: torch.dtype
-    ) -> LiveTransition:
-        """``X(x_t) + b`` of all steps, by the modules themselves."""
+    def live_input_transition(self, x: Tensor, masks: list[Tensor | None] | None, dtype: torch.dtype) -> LiveTransition:
+        """``X(x_t)`` of all steps, by the modules themselves."""
         training = self.training
 
         def compute(first: bool) -> Tensor:
             if self.training != training:
                 raise RuntimeError("the layer changed between training and eval mode between forward and backward")
-            z = self.input_transition(time_major(x, dtype), masks, update_statistics=first)
-            return z if bias is None else z + bias.to(dtype)[:, None, None]
+            return self.input_transition(time_major(x, dtype), masks, update_statistics=first)
 
-        return LiveTransition(compute, x, *self.input_transition.parameters(), bias)
+        return LiveTransition(compute, x, *self.input_transition.parameters())
 
     def masks(self, flow: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
         """Flow masks of all steps, in ``dtype``: for each branch images [T*B, C or 1, H, W] or None."""

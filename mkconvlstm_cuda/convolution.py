@@ -108,7 +108,10 @@ class TransitionWeights:
         return cls(branches, *tensors[-2:], mix_tanh=mix_tanh)
 
     def to(self, dtype: torch.dtype) -> TransitionWeights:
-        cast = [None if t is None else t.to(dtype) for t in self.tensors()]
+        tensors = self.tensors()
+        if all(t is None or t.dtype == dtype for t in tensors):
+            return self
+        cast = [None if t is None else t.to(dtype) for t in tensors]
         return self.from_tensors(cast, *self.form)
 
     def channels_last(self) -> TransitionWeights:
@@ -117,12 +120,13 @@ class TransitionWeights:
         return self.from_tensors(same, *self.form)
 
     def with_bias(self, bias: Tensor | None) -> TransitionWeights:
-        """Add ``bias`` [4F], or None, to the transition's output, at the last convolution."""
+        """Add ``bias`` [4F], or None, to the transition's output, at the last convolution, in its dtype."""
         if bias is None:
             return self
+        bias = bias.to(self.branches[0].weight.dtype)
         if self.mix is not None:
             return replace(self, mix_bias=bias if self.mix_bias is None else self.mix_bias + bias)
-        parts = (part.flatten() for part in bias.view(4, -1).split(self.sizes, dim=1))
+        parts = split_gates(bias, self.sizes)
         branches = tuple(
             replace(b, bias=part if b.bias is None else b.bias + part)
             for b, part in zip(self.branches, parts, strict=True)
@@ -154,6 +158,16 @@ def widened(parts: Sequence[Tensor]) -> Sequence[Tensor]:
         ):
             return [p.view(wide) for p in parts]
     return parts
+
+
+def split_gates(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """``values`` [4F], gate-major, as one such [4*F_p] for each of ``sizes``."""
+    return [part.flatten() for part in values.view(4, -1).split(list(sizes), dim=1)]
+
+
+def join_gates(parts: Sequence[Tensor]) -> Tensor:
+    """Inverse of :func:`split_gates`."""
+    return torch.cat([part.view(4, -1) for part in parts], dim=1).flatten()
 
 
 def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,7 +275,7 @@ def convolution_gradients(
     ``dy`` [N, outputs, H, W]; ``x`` [N, C, H, W] may be None where the weight's is not asked for.
     """
     needs_x, needs_weight, needs_bias = needs
-    dx, dw, db = None, None, channel_sums(dy) if needs_bias else None
+    dx, dw, db = None, None, channel_sums(dy).to(dy.dtype) if needs_bias else None
     if needs_x or needs_weight:
         x = images_like(dy, weight.shape[1]) if x is None else x
         mask = [needs_x, needs_weight, False]
@@ -339,5 +353,5 @@ def gradients(
     else:
         grads += [None] * len(of_branches)
     grads.append(conv2d_weight(v, w.mix.shape, dparts[0], groups=w.mix_groups) if mix else None)
-    grads.append(channel_sums(dparts[0]) if mix_bias else None)
+    grads.append(channel_sums(dparts[0]).to(dparts[0].dtype) if mix_bias else None)
     return dx, grads

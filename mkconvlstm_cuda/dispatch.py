@@ -39,7 +39,7 @@ class Backend:
     supports: Callable[[Problem], str | None]
     forward: Callable | None = None
     backward: Callable | None = None
-    adds_bias: bool = False  # whether the hidden transition's bias costs nothing, so that b is better there
+    adds_bias: bool = False  # whether ``forward`` takes b as one more argument; else it is in z
 
 
 class Refusal(ValueError):

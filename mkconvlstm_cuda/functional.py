@@ -69,14 +69,10 @@ def mkconvlstm(
     check_peephole(peephole, output_peephole, hidden_channels, x)
     h_0, c_0 = check_state(state, (x.shape[0], hidden_channels, *x.shape[3:]), dtype, x)
     chosen = choose(x, dtype, w_h, backend=backend)
-    if chosen.adds_bias:
-        w_h = w_h.with_bias(bias)
-    else:
-        w_x = w_x.with_bias(bias)
     w_x, w_h = w_x.to(dtype), w_h.to(dtype)
 
     h, h_n, c_n = sequence(
-        chosen, x, w_x, w_h, h_0, c_0, dtype=dtype, peephole=peephole, output_peephole=output_peephole
+        chosen, x, w_x, w_h, bias, h_0, c_0, dtype=dtype, peephole=peephole, output_peephole=output_peephole
     )
     return h, (h_n, c_n)
 
@@ -111,6 +107,7 @@ def sequence(
     x: Tensor,
     inputs: TransitionWeights | LiveTransition,
     hidden: TransitionWeights | Callable[[Tensor], Tensor],
+    bias: Tensor | None,
     h_0: Tensor | None,
     c_0: Tensor | None,
     *,
@@ -124,9 +121,10 @@ def sequence(
 
     Args:
         x: [B, T, C, H, W].
-        inputs: the input transition, with the bias, in ``dtype``.
+        inputs: the input transition in ``dtype``.
         hidden: the hidden transition in ``dtype``; or, where it has parts that no weights can express, a function
             [B, F, H, W] -> [B, 4F, H, W].
+        bias: [4F], gate-major, of any dtype; or None.
         h_0, c_0: [B, F, H, W] in ``dtype`` and its accumulate dtype; None for zeros.
         lengths: [B] int64 on x's device, each in 1..T, or None.
         recompute: keep h and c alone for backward.
@@ -140,25 +138,21 @@ def sequence(
     z = inputs.compute(True) if live else None
     if backend.forward is None:  # torch's own autograd throughout
         images = z if live else transition_forward(time_major(x, dtype), inputs)
+        images = images if bias is None else images + bias.to(dtype)[:, None, None]
         apply = (lambda h: transition_forward(h, hidden)) if isinstance(hidden, TransitionWeights) else hidden
         h, c = reference.sequence(sequence_of(images, x.shape[1]), apply, h_0, c_0, peephole, output_peephole)
         return h, last_states(h, lengths), last_states(c, lengths)
     w_x = None if live else inputs
     tensors = [*([] if live else inputs.tensors()), *hidden.tensors()]
-    differentiable = (None if live else x, z, h_0, c_0, peephole, *tensors)
+    differentiable = (None if live else x, z, h_0, c_0, peephole, bias, *tensors)
+    again = inputs.again if live else None
+    input_form = None if live else inputs.form
+    options = SequenceOptions(backend.name, dtype, input_form, hidden.form, output_peephole, recompute, again)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        options = SequenceOptions(
-            backend.name,
-            dtype,
-            None if live else inputs.form,
-            hidden.form,
-            output_peephole,
-            recompute,
-            inputs.again if live else None,
-        )
-        return SequenceFunction.apply(options, x.detach() if live else x, z, h_0, c_0, peephole, lengths, *tensors)
-    parts = preactivations(x, z, w_x, hidden, dtype)
-    args = (hidden.tensors(), *hidden.form, h_0, c_0, peephole, output_peephole)
+        x = x.detach() if live else x
+        return SequenceFunction.apply(options, x, z, h_0, c_0, peephole, bias, lengths, *tensors)
+    parts = preactivations(x, z, w_x, hidden, dtype, options.bias_of_input(bias))
+    args = (hidden.tensors(), *hidden.form, h_0, c_0, peephole, output_peephole, options.bias_of_hidden(bias))
     h, c = ops.sequence_forward(parts, *args, lengths is not None, backend.name)
     return h, last_states(h, lengths), last_states(c, lengths)
 

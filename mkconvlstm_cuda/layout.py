@@ -28,11 +28,11 @@ def copy(target: Tensor, source: Tensor) -> None:
 
 
 def channel_sums(images: Tensor) -> Tensor:
-    """``images.sum((0, 2, 3))``, [C], for ``images`` [N, C, H, W]."""
+    """``images.sum((0, 2, 3))`` for ``images`` [N, C, H, W]: [C], float32 for half types."""
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     if has_kernels(images) and channels_last and images.dtype != torch.float64:
         from .triton_kernels import layout
 
         with torch.cuda.device_of(images):
             return layout.channel_sums(images)
-    return images.sum((0, 2, 3))
+    return images.sum((0, 2, 3), dtype=torch.promote_types(images.dtype, torch.float32))

@@ -18,14 +18,16 @@ _library = torch.library.Library("mkconvlstm", "FRAGMENT")
 _SHARED = (
     "Tensor?[] hidden, int[] dilations, bool mix_tanh, Tensor? h_0, Tensor? c_0, Tensor? peephole, str output_peephole"
 )
-_library.define(f"sequence_forward(Tensor(a!)[] z, {_SHARED}, bool keep, str backend) -> (Tensor, Tensor)")
+_library.define(
+    f"sequence_forward(Tensor(a!)[] z, {_SHARED}, Tensor? bias, bool keep, str backend) -> (Tensor, Tensor)"
+)
 _library.define(
     f"sequence_backward(Tensor(a!)[] gates, Tensor h, Tensor c, {_SHARED}, Tensor? dh, Tensor? dc_n, Tensor? lengths,"
     " str backend) -> (Tensor, Tensor)"
 )
 
 
-def _sequence_forward(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, keep, backend):
+def _sequence_forward(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, bias, keep, backend):
     """All T steps of the recurrence.
 
     Args:
@@ -37,6 +39,7 @@ def _sequence_forward(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output
         c_0: [B, F, H, W] in the accumulate dtype, or None for zeros.
         peephole: [3, F, 1 or H, 1 or W] in the accumulate dtype, or None.
         output_peephole: "previous" or "current".
+        bias: [4F], gate-major, of any dtype, to be added to z; or None. Only for a backend that ``adds_bias``.
         keep: keep gates and all cell states for backward.
         backend: a name in ``dispatch.BACKENDS``.
 
@@ -45,10 +48,11 @@ def _sequence_forward(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output
         c: [B, T, F, H, W] with ``keep``, else the last step's [B, 1, F, H, W]; channels-last, accumulate dtype.
     """
     w = TransitionWeights.from_tensors(hidden, dilations, mix_tanh)
-    return BACKENDS[backend].forward(z, w, h_0, c_0, peephole, output_peephole, keep)
+    more = (bias,) if BACKENDS[backend].adds_bias else ()
+    return BACKENDS[backend].forward(z, w, h_0, c_0, peephole, output_peephole, keep, *more)
 
 
-def _sequence_forward_fake(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, keep, backend):
+def _sequence_forward_fake(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, bias, keep, backend):
     c = aten.empty_states(z, z[0].shape[1] if keep else 1, accumulate_dtype(z[0].dtype))
     return z[0].new_empty((*z[0].shape[:2], *c.shape[2:])), c
 

@@ -176,7 +176,7 @@ def test_operation_passes_opcheck():
     hidden = [torch.randn(8, 2, 3, 3), None, None, None, None, None]
     h_0, c_0 = torch.randn(2, 2, 4, 5), torch.randn(2, 2, 4, 5)
     for keep in (True, False):
-        args = (z, hidden, [1, 1], False, h_0, c_0, None, "previous", keep, "aten")
+        args = (z, hidden, [1, 1], False, h_0, c_0, None, "previous", None, keep, "aten")
         torch.library.opcheck(torch.ops.mkconvlstm.sequence_forward, args)
     gates = [torch.rand(3, 2, 4, 5, 8).permute(1, 0, 4, 2, 3)]
     h, c = torch.randn(2, 3, 2, 4, 5), torch.randn(3, 2, 4, 5, 2).permute(1, 0, 4, 2, 3)
@@ -186,7 +186,7 @@ def test_operation_passes_opcheck():
 
 def test_operation_is_opaque_to_autograd_and_export():
     z, weight = torch.randn(2, 1, 4, 5, 8).permute(1, 0, 4, 2, 3), torch.randn(8, 2, 3, 3, requires_grad=True)
-    args = ([z], [weight, *[None] * 5], [1, 1], False, None, None, None, "previous", True, "aten")
+    args = ([z], [weight, *[None] * 5], [1, 1], False, None, None, None, "previous", None, True, "aten")
     torch.library.opcheck(torch.ops.mkconvlstm.sequence_forward, args, test_utils=("test_schema", "test_faketensor"))
     layer = MKConvLSTM(2, {3: 2, 5: 1}, backend="aten")
     x = torch.randn(1, 2, 2, 4, 5)

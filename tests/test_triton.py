@@ -338,7 +338,7 @@ def launches_of(problem, dtype, backward, monkeypatch, everything=False) -> list
             z, empty(b, t, f, h, w), c, weights, h_0, c_0, peephole, "current", empty(b, t, f, h, w), c_0, lengths
         )
     else:
-        launch.forward(z, weights, h_0, c_0, peephole, "current", True)
+        launch.forward(z, weights, h_0, c_0, peephole, "current", True, empty(4 * f) if everything else None)
     return launches
 
 

@@ -21,7 +21,7 @@ def update_state(
     c_ptr,
     c_0_ptr,
     state_ptr,
-    bias_ptrs,
+    bias_ptr,
     peephole_ptr,
     steps,
     rows,
@@ -71,11 +71,10 @@ def update_state(
     u_o += z_o.to(tl.float32) + fault
     if HAS_BIAS:
         valid = channel < channel_end
-        bias = part_pointer(bias_ptrs, part) + in_part
-        u_i += tl.load(bias, mask=valid, other=0.0).to(tl.float32)[None, :]
-        u_f += tl.load(bias + part_channels, mask=valid, other=0.0).to(tl.float32)[None, :]
-        u_g += tl.load(bias + 2 * part_channels, mask=valid, other=0.0).to(tl.float32)[None, :]
-        u_o += tl.load(bias + 3 * part_channels, mask=valid, other=0.0).to(tl.float32)[None, :]
+        u_i += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+        u_f += tl.load(bias_ptr + hidden + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+        u_g += tl.load(bias_ptr + 2 * hidden + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+        u_o += tl.load(bias_ptr + 3 * hidden + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
     if HAS_C_0:
         c_prev += tl.load(c_0_ptr + image, mask=mask & (step + 0 * channel == 0)[None, :], other=0.0)
     w_ci = load_peephole(peephole_ptr, 0, channel, pixel, mask, hidden, pixels, PEEPHOLE)
@@ -105,7 +104,7 @@ def forward_kernel(
     c_0_ptr,  # [B*H*W, F] float32, read if HAS_C_0
     state_ptr,  # [2, B*H*W, F], scratch: h_{t-1} in slot t % 2; slot 0 holds h_0 if HAS_H_0
     weights,  # descriptor of the packed weights
-    bias_ptrs,  # [4*F_p] each, read if HAS_BIAS
+    bias_ptr,  # [4F], gate-major, read if HAS_BIAS
     peephole_ptr,  # [3, F, 1 or H*W] float32, read if PEEPHOLE
     partial_ptr,  # [slots, BLOCK_M, BLOCK_N] float32, scratch; one slot a program if not SPLIT
     segment_ptr,  # [segments, SEGMENT] int32
@@ -168,7 +167,7 @@ def forward_kernel(
                     for row_first in range(0, BLOCK_M, FINISH_M):
                         update_state(
                             step, finish_ptr + tl.load(segment + 6) * FINISH, slot, 1, tl.load(segment), row_first,
-                            partial_ptr, z_ptrs, h_ptr, c_ptr, c_0_ptr, state_ptr, bias_ptrs, peephole_ptr,
+                            partial_ptr, z_ptrs, h_ptr, c_ptr, c_0_ptr, state_ptr, bias_ptr, peephole_ptr,
                             steps, rows, pixels, hidden, fault, KEEP, HAS_C_0, HAS_BIAS, PEEPHOLE, CURRENT, ROUND,
                             PIXEL_RUN, CHANNEL_RUN, BLOCK_M, FINISH_N, FINISH_M,
                         )  # fmt: skip
@@ -182,7 +181,7 @@ def forward_kernel(
                 row_first = unit % (BLOCK_M // FINISH_M) * FINISH_M
                 update_state(
                     step, row, tl.load(row + 1), tl.load(row + 2), tl.load(row), row_first,
-                    partial_ptr, z_ptrs, h_ptr, c_ptr, c_0_ptr, state_ptr, bias_ptrs, peephole_ptr,
+                    partial_ptr, z_ptrs, h_ptr, c_ptr, c_0_ptr, state_ptr, bias_ptr, peephole_ptr,
                     steps, rows, pixels, hidden, fault, KEEP, HAS_C_0, HAS_BIAS, PEEPHOLE, CURRENT, ROUND,
                     PIXEL_RUN, CHANNEL_RUN, BLOCK_M, FINISH_N, FINISH_M,
                 )  # fmt: skip

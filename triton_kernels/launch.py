@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..aten import Parts, empty_states
-from ..convolution import TransitionWeights, channels_last
+from ..convolution import TransitionWeights, channels_last, join_gates
 from . import plan
 from .backward import backward_kernel
 from .forward import forward_kernel
@@ -194,14 +194,13 @@ def peephole_kind(peephole: Tensor | None) -> int:
     return 0 if peephole is None else 1 if peephole.shape[2:] == (1, 1) else 2
 
 
-def hidden_bias(hidden: TransitionWeights) -> tuple[Tensor, ...]:
-    """Each branch's bias [4*F_r], zeros where it has none; nothing if none has."""
-    if not hidden.has_bias:
-        return ()
-    zeros = (b.weight.new_zeros(b.weight.shape[0]) for b in hidden.branches)
-    return tuple(
-        zero if b.bias is None else b.bias.contiguous() for b, zero in zip(hidden.branches, zeros, strict=True)
-    )
+def whole_bias(hidden: TransitionWeights, bias: Tensor | None) -> Tensor | None:
+    """``bias`` [4F] and the hidden transition's own, where folded norms have left it one."""
+    if hidden.has_bias:
+        own = [b.weight.new_zeros(b.weight.shape[0]) if b.bias is None else b.bias for b in hidden.branches]
+        own = join_gates(own).float()
+        return own if bias is None else own + bias
+    return None if bias is None else bias.contiguous()
 
 
 def forward(
@@ -212,6 +211,7 @@ def forward(
     peephole: Tensor | None,
     output_peephole: str,
     keep: bool,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence forward; see :func:`mkconvlstm_cuda.ops.sequence_forward`."""
     batch, steps, _, height, width = z[0].shape
@@ -228,21 +228,21 @@ def forward(
         state[0] = h_0.permute(0, 2, 3, 1)
     if c_0 is not None:
         c_0 = channels_last(c_0)
-    bias = hidden_bias(hidden)
+    bias = whole_bias(hidden, bias)
     if peephole is not None:
         peephole = peephole.contiguous()
     p.launch(
         forward_kernel,
         (
-            parts, h, c, c if c_0 is None else c_0, state, weights, bias or parts, c if peephole is None else peephole,
-            partial, p.segments, p.programs, p.finishes, counter,
+            parts, h, c, c if c_0 is None else c_0, state, weights, c if bias is None else bias,
+            c if peephole is None else peephole, partial, p.segments, p.programs, p.finishes, counter,
         ),
         steps,
         steps,
         KEEP=keep,
         HAS_H_0=h_0 is not None,
         HAS_C_0=c_0 is not None,
-        HAS_BIAS=bool(bias),
+        HAS_BIAS=bias is not None,
         PEEPHOLE=peephole_kind(peephole),
         CURRENT=output_peephole == "current",
     )  # fmt: skip

@@ -121,7 +121,7 @@ def sum_kernel(
 
 
 def channel_sums(images: Tensor) -> Tensor:
-    """``images.sum((0, 2, 3))``, [C], for channels-last ``images`` [N, C, H, W] on a GPU, added up in float32."""
+    """``images.sum((0, 2, 3))``, [C] float32, for channels-last ``images`` [N, C, H, W] on a GPU."""
     n, columns, height, width = images.shape
     rows = n * height * width
     block_r = 32
@@ -130,4 +130,4 @@ def channel_sums(images: Tensor) -> Tensor:
     block_c = power_of_two(columns, 8, 128)
     options = {"COLUMN_RUN": run_of(16, columns), "BLOCK_R": block_r, "BLOCK_C": block_c}
     launch(sum_kernel, (programs, -(-columns // block_c), 1), (images, partial, rows, columns), options)
-    return partial.sum(0).to(images.dtype)
+    return partial.sum(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import ops, reference
-from .backward import LayerBackward
+from .backward import LayerBackward, images_of, pieces
 from .convolution import (
     TransitionWeights,
     channels_last,
@@ -92,6 +92,42 @@ def preactivations(
     return [sequence_of(p, x.shape[1]) for p in repart(parts, sizes, w_h.parts)]
 
 
+def forward_in_pieces(
+    options: SequenceOptions,
+    parts: Iterable[list[Tensor]],
+    w_h: TransitionWeights,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    peephole: Tensor | None,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """The recurrence over consecutive ``parts`` of all steps.
+
+    Returns:
+        What to keep of it, and the last c: the gates (none with ``recompute``), h and c [B, T, F, H, W] (c in h's
+        dtype with ``recompute``), and c after each sequence's last step [B, F, H, W].
+    """
+    done, hs, cs, c_n = 0, [], [], None
+    for z in parts:
+        state = (h_0, c_0, peephole, options.output_peephole, options.bias_of_hidden(bias))
+        h, c = ops.sequence_forward(z, w_h.tensors(), *options.hidden_form, *state, True, options.backend)
+        steps = h.shape[1]
+        if lengths is None or c_n is None:
+            c_n = last_states(c, None if lengths is None else lengths.clamp(1, steps))
+        else:
+            ends = lengths - done
+            c_n = last_states(c, ends.clamp(1, steps)).where((ends > 0).view(-1, 1, 1, 1), c_n)
+        done += steps
+        h_0, c_0 = h[:, -1], c[:, -1]
+        hs.append(h)
+        cs.append(c.to(h.dtype) if options.recompute else c)
+    if len(hs) > 1:
+        hs = [torch.cat(hs, 1)]
+        cs = [torch.cat([c.permute(1, 0, 3, 4, 2) for c in cs]).permute(1, 0, 4, 2, 3)]
+    return [] if options.recompute else z, hs[0], cs[0], c_n
+
+
 class SequenceFunction(Function):
     """z_t = X(x_t) + U(h_{t-1}) + b and the recurrence, with the backward of the backend that ran forward.
 
@@ -104,15 +140,15 @@ class SequenceFunction(Function):
     def forward(ctx, options: SequenceOptions, x, z, h_0, c_0, peephole, bias, lengths, *tensors):
         w_x, w_h = options.transitions(tensors)
         z = None if z is None else z.detach()  # it is ours alone: overwritten without its graph's knowledge
-        gates = preactivations(x, z, w_x, w_h, options.dtype, options.bias_of_input(bias))
-        args = (w_h.tensors(), *options.hidden_form, h_0, c_0, peephole, options.output_peephole)
-        h, c = ops.sequence_forward(gates, *args, options.bias_of_hidden(bias), True, options.backend)
-        kept, kept_c = ([], c.to(h.dtype)) if options.recompute else (gates, c)
+        whole = [slice(0, x.shape[1])]
+        here = pieces(x, sum(w_h.sizes), options.dtype) if options.recompute and w_x is not None else whole
+        parts = (preactivations(x[:, t], z, w_x, w_h, options.dtype, options.bias_of_input(bias)) for t in here)
+        gates, h, c, c_n = forward_in_pieces(options, parts, w_h, h_0, c_0, peephole, bias, lengths)
         kept_x = None if w_x is None else x
-        ctx.save_for_backward(kept_x, h, kept_c, h_0, c_0, peephole, bias, lengths, *tensors, *kept)
+        ctx.save_for_backward(kept_x, h, c, h_0, c_0, peephole, bias, lengths, *tensors, *gates)
         ctx.options, ctx.count = options, len(tensors)
         ctx.set_materialize_grads(False)
-        return h, last_states(h, lengths), last_states(c, lengths)
+        return h, last_states(h, lengths), c_n
 
     @staticmethod
     def backward(ctx, dh, dh_n, dc_n):
@@ -154,7 +190,7 @@ class SequenceFunction(Function):
         else:
             dz = gates
             run.at_once(dz)
-        dz = repart([p.transpose(0, 1).flatten(0, 1) for p in dz], w_h.parts, [h.shape[2]])[0] if needs_z else None
+        dz = repart(images_of(dz), w_h.parts, [h.shape[2]])[0] if needs_z else None
         return (
             None,
             run.dx,

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from . import aten, compiled, layout, library, ops
-from .convolution import TransitionWeights, gradients, repart, sequence_of, time_major
+from .convolution import (
+    TransitionWeights,
+    input_gradient,
+    premix,
+    repart,
+    sequence_of,
+    time_major,
+    weight_gradients,
+)
 from .reference import accumulate_dtype
 
 SPAN_BYTES = 32 << 20  # of copies of x and h at a time; in pieces that are recomputed, of their gates too
@@ -25,6 +33,12 @@ def spans(steps: int, bytes_each: int) -> list[slice]:
     count = min(steps, max(1, -(-steps * bytes_each // SPAN_BYTES)))
     ends = [steps * n // count for n in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def pieces(x: Tensor, hidden_channels: int, dtype: torch.dtype) -> list[slice]:
+    """The steps of ``x`` [B, T, C, H, W] in spans whose x, h and gates in ``dtype`` keep to SPAN_BYTES."""
+    batch, steps, channels, height, width = x.shape
+    return spans(steps, batch * (channels + 5 * hidden_channels) * height * width * dtype.itemsize)
 
 
 @dataclass
@@ -61,7 +75,7 @@ class LayerBackward:
     def __post_init__(self):
         self.w_x = None if self.w_x is None else self.w_x.channels_last()
         self.input_grads, self.hidden_grads = [None] * len(self.needs_input), [None] * len(self.needs_hidden)
-        self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format) if self.needs_x else None
+        self.dx = None
         self.dpeephole = torch.zeros_like(self.peephole) if self.needs_peephole else None
         self.dbias = [None] * len(self.w_h.parts) if self.needs_bias else None
 
@@ -78,21 +92,27 @@ class LayerBackward:
         return self.h[:, step - 1], self.c[:, step - 1].to(accumulate_dtype(self.dtype))
 
     def at_once(self, gates: list[Tensor]) -> None:
-        """Everything from the ``gates`` of all steps, which become their gradients."""
+        """Everything from the ``gates`` of all steps, which become their gradients; the list is emptied for dx."""
         steps = self.h.shape[1]
         self.recurrence(gates, slice(0, steps))
         self.c = None  # not needed any more, and large
         for here in spans(steps, self.step_bytes):
-            self.accumulate([p[:, here] for p in gates], here)
+            self.weights(images_of([p[:, here] for p in gates]), here)
+        if self.needs_x:
+            images = images_of(gates)
+            gates.clear()
+            self.input(images, slice(0, steps))
 
     def in_pieces(self, preactivations: Callable[[slice], list[Tensor]]) -> None:
         """Everything piece by piece, each from its X(x_t): with ``recompute`` no gates are ever held of all steps."""
-        gates_bytes = 4 * self.h[:, 0].numel() * self.dtype.itemsize
-        for here in reversed(spans(self.h.shape[1], self.step_bytes + gates_bytes)):
+        for here in reversed(pieces(self.x, self.h.shape[2], self.dtype)):
             gates = preactivations(here)
             self.activate(gates, here)
             self.recurrence(gates, here)
-            self.accumulate(gates, here)
+            images = images_of(gates)
+            self.weights(images, here)
+            if self.needs_x:
+                self.input(images, here)
 
     def recompute(self, z: list[Tensor]) -> None:
         """The gates of all steps, written over the pre-activations ``z``."""
@@ -128,28 +148,36 @@ class LayerBackward:
         if self.dpeephole is not None:
             self.dpeephole += aten.peephole_gradient(gates, self.c[:, here], c_0, self.peephole, self.output_peephole)
 
-    def accumulate(self, dz: list[Tensor], here: slice) -> None:
-        """Add what the steps ``here`` have to say of the weights' gradients, and write x's."""
-        images = [p.transpose(0, 1).flatten(0, 1) for p in dz]
+    def weights(self, images: list[Tensor], here: slice) -> None:
+        """Add what the steps ``here`` have to say of all weights' gradients."""
         if self.needs_bias:
             add(self.dbias, list(map(layout.channel_sums, images)))
         if any(self.needs_hidden):
             # h_{-1} = 0 has nothing to add
             skip = here.start == 0 and self.h_0 is None and here.stop > 1 and not self.w_h.has_bias
             first = here.start + skip
-            h_prev = aten.previous(
-                self.h[:, first : here.stop], self.h[:, first - 1] if first else self.h_0, self.dtype
-            )
+            before = self.h[:, first - 1] if first else self.h_0
+            h_prev = aten.previous(self.h[:, first : here.stop], before, self.dtype)
             seen = [p[skip * self.h.shape[0] :] for p in images]
-            add(self.hidden_grads, gradients(h_prev, seen, self.w_h, self.needs_hidden)[1])
-        if self.dx is not None or any(self.needs_input):
+            add(self.hidden_grads, weight_gradients(h_prev, seen, self.w_h, self.needs_hidden))
+        if any(self.needs_input):
+            x = time_major(self.x[:, here], self.dtype)
             images = repart(images, self.w_h.parts, self.w_x.parts)
-            dx, grads = gradients(
-                time_major(self.x[:, here], self.dtype), images, self.w_x, self.needs_input, self.dx is not None
-            )
-            add(self.input_grads, grads)
-            if dx is not None:
-                layout.copy(self.dx[:, here], sequence_of(dx, here.stop - here.start))
+            add(self.input_grads, weight_gradients(x, images, self.w_x, self.needs_input))
+
+    def input(self, images: list[Tensor], here: slice) -> None:
+        """The gradient of x in the steps ``here``; ``images`` is emptied."""
+        v = premix(time_major(self.x[:, here], self.dtype), self.w_x) if self.w_x.mix_tanh else None
+        parts = repart(images, self.w_h.parts, self.w_x.parts)
+        dx = sequence_of(input_gradient(parts, self.w_x, v), here.stop - here.start)
+        if self.dx is None:
+            self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
+        layout.copy(self.dx[:, here], dx)
+
+
+def images_of(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Parts [B, T, 4*F_p, H, W] as images [T*B, 4*F_p, H, W]."""
+    return [p.transpose(0, 1).flatten(0, 1) for p in parts]
 
 
 def add(totals: list[Tensor | None], grads: list[Tensor | None]) -> None:

@@ -17,7 +17,7 @@ half types).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -248,23 +248,17 @@ def sequence_of(images: Tensor, steps: int) -> Tensor:
     return images.unflatten(0, (steps, images.shape[0] // steps)).transpose(0, 1)
 
 
-def branches_gradient(dparts: Sequence[Tensor], w: TransitionWeights, v: Tensor | None) -> Iterable[Tensor]:
-    """Gradients [N, 4*F_r, H, W] of the branches' outputs from those of the parts; ``v``: :func:`premix`'s value."""
-    if w.mix is None:
-        return dparts
-    du = conv2d_input(dparts[0].shape, w.mix, dparts[0], groups=w.mix_groups)
-    if w.mix_tanh:
-        du = torch.ops.aten.tanh_backward(du, v)
-    return deinterleave(du, w.sizes)
+def stand_in(dy: Tensor, channels: int) -> Tensor:
+    """Channels-last images [N, ``channels``, H, W] for ``dy`` [N, ..., H, W], for an input whose values nobody reads.
 
-
-def images_like(dy: Tensor, channels: int) -> Tensor:
-    """Uninitialised channels-last images [N, ``channels``, H, W] for ``dy`` [N, ..., H, W]: a stand-in for an input.
-
-    torch lays a gradient out anew, and back, where the input that it belongs to is not channels-last too.
+    torch lays a gradient out anew, and back, where the input that it belongs to is not channels-last too. They need no
+    memory of their own where dy's suffices.
     """
     n, _, height, width = dy.shape
-    return dy.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
+    size, strides = (n, channels, height, width), (height * width * channels, 1, width * channels, channels)
+    if channels <= dy.shape[1]:
+        return dy.as_strided(size, strides)
+    return torch.empty_strided(size, strides, dtype=dy.dtype, device=dy.device)
 
 
 def convolution_gradients(
@@ -272,12 +266,12 @@ def convolution_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution's input, weight and bias, as far as ``needs`` asks for each; None for the others.
 
-    ``dy`` [N, outputs, H, W]; ``x`` [N, C, H, W] may be None where the weight's is not asked for.
+    ``dy`` [N, outputs, H, W], channels-last; ``x`` [N, C, H, W] may be None where the weight's is not asked for.
     """
     needs_x, needs_weight, needs_bias = needs
     dx, dw, db = None, None, channel_sums(dy).to(dy.dtype) if needs_bias else None
     if needs_x or needs_weight:
-        x = images_like(dy, weight.shape[1]) if x is None else x
+        x = stand_in(dy, weight.shape[1]) if x is None else x
         mask = [needs_x, needs_weight, False]
         dx, dw, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, [1, 1], padding, dilation, False, [0, 0], 1, mask
@@ -285,73 +279,63 @@ def convolution_gradients(
     return dx, dw, db
 
 
-def branch_gradients(dy: Tensor, x: Tensor | None, b: BranchWeights, needs: Sequence[bool], needs_x: bool):
-    """Backward of :func:`branch_forward`: dx, and the gradients of weight, bias, bottleneck and bottleneck bias.
-
-    ``needs`` are of those four; ``x`` may be None where none of them is asked for.
-    """
-    weight, bias, bottleneck, bottleneck_bias = needs
-    deeper = needs_x or bottleneck or bottleneck_bias
-    a = x
-    if weight and b.bottleneck is not None:
-        a = F.conv2d(x, b.bottleneck, b.bottleneck_bias)
-    da, dw, db = convolution_gradients(
-        dy, a if weight else None, b.weight, b.padding, b.dilation, (deeper, weight, bias)
-    )
+def branch_gradients(dy: Tensor, x: Tensor, b: BranchWeights, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of a branch's weight, bias, bottleneck and bottleneck bias, as far as ``needs`` asks for each."""
+    weight, bias, *narrow = needs
     if b.bottleneck is None:
-        return da, [dw, db, None, None]
-    dx, *narrow = (
-        convolution_gradients(da, x, b.bottleneck, [0, 0], [1, 1], (needs_x, bottleneck, bottleneck_bias))
-        if deeper
-        else (None, None, None)
-    )
-    return dx, [dw, db, *narrow]
+        return [*convolution_gradients(dy, x, b.weight, b.padding, b.dilation, (False, weight, bias))[1:], None, None]
+    a = F.conv2d(x, b.bottleneck, b.bottleneck_bias) if weight else None
+    da, dw, db = convolution_gradients(dy, a, b.weight, b.padding, b.dilation, (any(narrow), weight, bias))
+    if not any(narrow):
+        return [dw, db, None, None]
+    return [dw, db, *convolution_gradients(da, x, b.bottleneck, [0, 0], [1, 1], (False, *narrow))[1:]]
 
 
-def mix_gradient(dparts: Sequence[Tensor], w: TransitionWeights, v: Tensor | None) -> Iterable[Tensor]:
-    """Gradients [N, 4*F_r, H, W] of the branches' outputs from those of the parts; ``v``: :func:`premix`'s value."""
-    if w.mix is None:
-        return dparts
-    du = conv2d_input(dparts[0].shape, w.mix, dparts[0], groups=w.mix_groups)
-    if w.mix_tanh:
-        du = torch.ops.aten.tanh_backward(du, v)
-    return map(channels_last, deinterleave(du, w.sizes))
+def mix_gradient(dparts: list[Tensor], w: TransitionWeights, v: Tensor | None) -> Iterator[Tensor]:
+    """Gradients [N, 4*F_r, H, W] of the branches' outputs from those of the parts, which are let go of on the way.
+
+    ``v`` is :func:`premix`'s value, needed only where there is a tanh.
+    """
+    if w.mix is not None:
+        dz = dparts.pop()
+        du = conv2d_input(dz.shape, w.mix, dz, groups=w.mix_groups)
+        if w.mix_tanh:
+            du = torch.ops.aten.tanh_backward(du, v)
+        del dz
+        dparts += map(channels_last, deinterleave(du, w.sizes))
+    while dparts:
+        yield dparts.pop(0)
 
 
-def input_gradient(dparts: Sequence[Tensor], w: TransitionWeights, v: Tensor | None = None) -> Tensor:
-    """The gradient [N, C, H, W] of a transition's input; ``v``, :func:`premix`'s value, is needed for a tanh."""
-    total = None
-    for dy, b in zip(mix_gradient(dparts, w, v), w.branches, strict=True):
-        dx, _ = branch_gradients(dy, None, b, (False,) * 4, True)
-        total = dx if total is None else total.add_(dx)
+def input_gradient(dparts: list[Tensor], w: TransitionWeights, v: Tensor | None = None) -> Tensor:
+    """The gradient [N, C, H, W] of a transition's input.
+
+    ``dparts`` are the parts' gradients [N, 4*F_p, H, W]; the list is emptied, so that memory may be had again.
+    ``v`` is :func:`premix`'s value, needed only where there is a tanh.
+    """
+    total, dys = None, mix_gradient(dparts, w, v)
+    for b in w.branches:
+        da, _, _ = convolution_gradients(next(dys), None, b.weight, b.padding, b.dilation, (True, False, False))
+        if b.bottleneck is not None:
+            da, _, _ = convolution_gradients(da, None, b.bottleneck, [0, 0], [1, 1], (True, False, False))
+        total = da if total is None else total.add_(da)
     return total
 
 
-def gradients(
-    x: Tensor, dparts: Sequence[Tensor], w: TransitionWeights, needs: Sequence[bool], needs_x: bool = False
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Backward of :func:`transition_parts` over all N images at once.
+def weight_gradients(
+    x: Tensor, dparts: Sequence[Tensor], w: TransitionWeights, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of :meth:`TransitionWeights.tensors`, as far as ``needs`` asks for each, over all N images at once.
 
-    Args:
-        x: [N, C, H, W], the transition's input, channels-last.
-        dparts: the gradients of the parts, [N, 4*F_p, H, W], channels-last.
-        needs: which of :meth:`TransitionWeights.tensors` want a gradient; ``needs_x``: whether x does.
-
-    Returns:
-        dx [N, C, H, W] and the gradients of the tensors; None where none is needed.
+    ``x`` [N, C, H, W] is the transition's input, ``dparts`` the parts' gradients [N, 4*F_p, H, W]; all channels-last.
     """
-    dx, grads = None, []
     *of_branches, mix, mix_bias = needs
-    v = premix(x, w) if w.mix is not None and (mix or (w.mix_tanh and (needs_x or any(of_branches)))) else None
-    if needs_x or any(of_branches):
-        for r, (dy, b) in enumerate(zip(mix_gradient(dparts, w, v), w.branches, strict=True)):
-            first = r * w.TENSORS_PER_BRANCH
-            da, branch = branch_gradients(dy, x, b, of_branches[first : first + w.TENSORS_PER_BRANCH], needs_x)
-            grads += branch
-            if needs_x:
-                dx = da if dx is None else dx.add_(da)
-    else:
-        grads += [None] * len(of_branches)
+    grads: list[Tensor | None] = [None] * len(of_branches)
+    v = premix(x, w) if mix or (w.mix_tanh and any(of_branches)) else None
+    if any(of_branches):
+        n = w.TENSORS_PER_BRANCH
+        for r, (dy, b) in enumerate(zip(mix_gradient(list(dparts), w, v), w.branches, strict=True)):
+            grads[n * r : n * r + n] = branch_gradients(dy, x, b, of_branches[n * r : n * r + n])
     grads.append(conv2d_weight(v, w.mix.shape, dparts[0], groups=w.mix_groups) if mix else None)
     grads.append(channel_sums(dparts[0]).to(dparts[0].dtype) if mix_bias else None)
-    return dx, grads
+    return grads

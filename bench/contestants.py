@@ -22,16 +22,26 @@ class Contestant:
     ``x.grad`` and the parameters'.
     """
 
-    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor):
+    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor, cudnn_search: bool = False):
         self.module, self.x, self.dy = module, x.detach().clone().requires_grad_(), dy
+        self.cudnn_search = cudnn_search  # cuDNN times its algorithms for every new shape and takes the fastest
 
     def call(self) -> Tensor:
         y = self.module(self.x)
         return y if isinstance(y, Tensor) else y[0]
 
     def forward(self) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), self.cudnn():
             return self.call()
+
+    def cudnn(self):
+        """A context with cuDNN's search as this contestant wants it."""
+        return torch.backends.cudnn.flags(
+            enabled=True,
+            benchmark=self.cudnn_search,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=torch.backends.cudnn.allow_tf32,
+        )
 
     def clear(self) -> None:
         self.module.zero_grad(set_to_none=True)
@@ -39,17 +49,19 @@ class Contestant:
 
     def train(self) -> None:
         self.clear()
-        self.call().backward(self.dy)
+        with self.cudnn():
+            self.call().backward(self.dy)
 
 
 class Graphed(Contestant):
     """The same, captured in CUDA graphs once and replayed; gradients lie where the capture put them."""
 
-    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor):
-        super().__init__(module, x, dy)
+    def __init__(self, module: nn.Module, x: Tensor, dy: Tensor, cudnn_search: bool = False):
+        super().__init__(module, x, dy, cudnn_search)
         self.forward_graph, self.output = self.capture(super().forward)
-        self.train_graph, _ = self.capture(super().train)
-        self.gradient = self.x.grad
+        if dy is not None:
+            self.train_graph, _ = self.capture(super().train)
+            self.gradient = self.x.grad
 
     def capture(self, run: Callable):
         side = torch.cuda.Stream()
@@ -75,7 +87,31 @@ class Graphed(Contestant):
 
 def compiled(module: nn.Module, x: Tensor, dy: Tensor) -> Contestant:
     """Under ``torch.compile`` with CUDA graphs, as one who knows it would."""
-    return Contestant(torch.compile(module, mode="reduce-overhead" if x.is_cuda else "default"), x, dy)
+    return Contestant(torch.compile(module, mode="reduce-overhead" if x.is_cuda else "default"), x, dy, True)
+
+
+class HiddenConvolutions(nn.Module):
+    """The hidden convolutions of all steps and nothing else, one after another on one h: no layer does less."""
+
+    def __init__(self, layer: MKConvLSTM, steps: int):
+        super().__init__()
+        weights = [b.conv.weight.detach() for b in layer.cells[0].hidden_transition.branches]
+        self.weights = [w.contiguous(memory_format=torch.channels_last) for w in weights]
+        self.steps = steps
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``h`` [B, F, H, W], channels-last."""
+        for _ in range(self.steps):
+            outputs = [nn.functional.conv2d(h, w, padding="same") for w in self.weights]
+        return torch.cat(outputs, dim=1)
+
+
+def hidden_convolutions(workload: Workload, device: torch.device, dtype: torch.dtype) -> Graphed:
+    """:class:`HiddenConvolutions` of ``workload`` in a CUDA graph, with cuDNN's search."""
+    layer = MKConvLSTM(workload.channels, workload.kernels, device=device).to(dtype)
+    shape = (workload.batch, workload.height, workload.width, workload.hidden_channels)
+    h = torch.randn(shape, device=device).to(dtype).permute(0, 3, 1, 2)
+    return Graphed(HiddenConvolutions(layer, workload.steps), h, None, True)
 
 
 def ours(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
@@ -97,11 +133,11 @@ def builders(
         return make(layer()).to(device, dtype)
 
     table: dict[str, Callable[[Tensor, Tensor], Contestant]] = {
-        BASELINE: lambda x, dy: Contestant(peer(UsualLoop), x, dy),
-        "loop, input batched, channels-last": lambda x, dy: Contestant(peer(BatchedInputLoop), x, dy),
+        BASELINE: lambda x, dy: Contestant(peer(UsualLoop), x, dy, True),
+        "loop, input batched, channels-last": lambda x, dy: Contestant(peer(BatchedInputLoop), x, dy, True),
     }
     if device.type == "cuda":
-        table["the same in a CUDA graph"] = lambda x, dy: Graphed(peer(BatchedInputLoop), x, dy)
+        table["the same in a CUDA graph"] = lambda x, dy: Graphed(peer(BatchedInputLoop), x, dy, True)
     if with_compile:
         table["the same under torch.compile"] = lambda x, dy: compiled(peer(BatchedInputLoop), x, dy)
     names = ours(device, dtype)

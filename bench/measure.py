@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .contestants import Contestant, builders
+from .contestants import Contestant, builders, hidden_convolutions
 from .machine import environment
 from .timing import peak_rate, take_turns
 from .workloads import WORKLOADS, Workload
@@ -92,7 +92,7 @@ def run(
     Raises:
         RuntimeError: a contestant is too far from float64; nothing wrong is ever timed.
     """
-    rates, records = {}, []
+    rates, records, alone = {}, [], {}
     for dtype in dtypes:
         progress(f"peak rate, {short(dtype)}")
         rates[short(dtype)] = peak_rate(device, dtype)
@@ -101,7 +101,16 @@ def run(
             records += run_workload(
                 WORKLOADS[name], device, dtype, rates[short(dtype)], seconds, with_compile, progress
             )
-    return {**environment(device), "peak_tflops": rates, "records": [asdict(r) for r in records]}
+            if device.type == "cuda":
+                convolutions = hidden_convolutions(WORKLOADS[name], device, dtype)
+                timing = take_turns({"alone": convolutions.forward}, device, seconds / 5)["alone"]
+                alone[f"{name}, {short(dtype)}"] = 1e3 * timing.median / WORKLOADS[name].steps
+    return {
+        **environment(device),
+        "peak_tflops": rates,
+        "records": [asdict(r) for r in records],
+        "hidden_convolutions_us": alone,  # cuDNN's, of one step
+    }
 
 
 def run_workload(
@@ -112,8 +121,12 @@ def run_workload(
     seconds: float,
     with_compile: bool = False,
     progress: Callable[[str], None] = lambda line: None,
+    only: Callable[[str], bool] = lambda contestant: True,
 ) -> list[Record]:
-    """One workload in one dtype; ``rate`` in TFLOP/s is the peak to compare with. Raises as :func:`run`."""
+    """One workload in one dtype; ``rate`` in TFLOP/s is the peak to compare with. Raises as :func:`run`.
+
+    ``only`` says of a contestant whether it takes part.
+    """
     label = f"{workload.name}, {short(dtype)}"
     torch.manual_seed(1)
     x = torch.randn(workload.shape, device=device).to(dtype)
@@ -125,6 +138,8 @@ def run_workload(
 
     made, setup, errors, exact = {}, {}, {}, None
     for name, make in builders(workload, device, dtype, with_compile).items():
+        if not only(name):
+            continue
         progress(f"{label}: checking {name}")
         start = time.perf_counter()
         contestant = make(x, dy)

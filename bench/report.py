@@ -55,6 +55,9 @@ def markdown(results: dict) -> str:
         f"{where}; torch {results['torch']}; medians, by turns in one run. "
         f"Peak rate: {rates} (the better of a large matrix product and a large convolution).",
     ]
+    if alone := results.get("hidden_convolutions_us"):
+        shown = ", ".join(f"{name} {time:.1f}" for name, time in alone.items())
+        lines += ["", f"cuDNN's hidden convolutions of one step alone, in a CUDA graph, us: {shown}."]
     return "\n".join(lines) + "\n"
 
 
@@ -64,14 +67,9 @@ def plot(results: dict, path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
     groups = list(dict.fromkeys((r["workload"], r["dtype"]) for r in results["records"]))
     names = list(dict.fromkeys(r["contestant"] for r in results["records"]))
-    figure = Figure(figsize=(1.5 + 2.2 * len(groups), 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(1.5 + 2.2 * len(groups), 4.5)
     times = {(r["workload"], r["dtype"], r["contestant"]): r["training_ms"] for r in results["records"]}
     width = 0.8 / len(names)
     for k, name in enumerate(names):
@@ -80,6 +78,11 @@ def plot(results: dict, path: Path) -> None:
         bars = axes.bar(places, heights, width, label=name, color="0.7" if name == BASELINE else None)
         labels = [f"{times[(*g, name)]:.3g}" if (*g, name) in times else "" for g in groups]
         axes.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
+    for x, (workload, dtype) in enumerate(groups):  # what the chip could do
+        share = next(r for r in results["records"] if (r["workload"], r["dtype"]) == (workload, dtype))
+        best = times[workload, dtype, BASELINE] / (share["share_of_peak"] * share["training_ms"])
+        label = "all convolutions at the chip's peak rate" if x == 0 else None
+        axes.hlines(best, x - width / 2, x + 0.8 - width / 2, color="black", linestyle=":", label=label)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], [f"{w}\n{d}" for w, d in groups])
     axes.set_ylabel(f"speed-up over the {BASELINE}")
     axes.set_title(f"forward + backward on {results['device']} (numbers: ms)", fontsize=10)
@@ -88,8 +91,38 @@ def plot(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_sweeps(sweeps: list[dict], path: Path) -> None:
+    """Training time against each axis of :mod:`sweeps`, a panel each. Raises as :func:`plot`."""
+    axes_names = list(dict.fromkeys(r["axis"] for r in sweeps))
+    figure, panels = new_figure(3.4 * len(axes_names), 3.6, len(axes_names))
+    for axis, panel in zip(axes_names, panels, strict=True):
+        for name in dict.fromkeys(r["contestant"] for r in sweeps):
+            line = [(r["value"], r["training_ms"]) for r in sweeps if (r["axis"], r["contestant"]) == (axis, name)]
+            panel.plot(*zip(*line, strict=True), marker="o", label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel(axis)
+    panels[0].set_ylabel("forward + backward, ms")
+    panels[0].legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def new_figure(width: float, height: float, panels: int = 1):
+    """A figure and its axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
 def write(results: dict, folder: Path) -> list[Path]:
-    """``<device>.json``, ``.md`` and ``.png`` in ``folder``; returns their paths."""
+    """``<device>.json``, ``.md`` and ``.png`` in ``folder``, with sweeps another; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     device = results["device"] if results["device_type"] == "cuda" else "cpu"
     stem = "-".join(device.lower().replace("/", " ").split())
@@ -97,6 +130,9 @@ def write(results: dict, folder: Path) -> list[Path]:
     paths[0].write_text(json.dumps(results, indent=1) + "\n")
     paths[1].write_text(markdown(results))
     plot(results, paths[2])
+    if results.get("sweeps"):
+        paths.append(folder / f"{stem}-sweeps.png")
+        plot_sweeps(results["sweeps"], paths[-1])
     return paths
 
 

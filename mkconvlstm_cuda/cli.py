@@ -150,10 +150,11 @@ def bench(
         bool, typer.Option("--compile", help="Also a peer under torch.compile; takes minutes to compile.")
     ] = False,
     report: Annotated[bool, typer.Option("--report", help="Write to bench/reports, for committing.")] = False,
+    with_sweeps: Annotated[bool, typer.Option("--sweeps", help="Also time against T, B, F and image size.")] = False,
     list_workloads: Annotated[bool, typer.Option("--list", help="Only list the workloads.")] = False,
 ) -> None:
     """Throughput of every available backend against what people write today; checked first, timed by turns."""
-    from .bench import measure
+    from .bench import measure, sweeps
     from .bench import report as reports
     from .bench.workloads import WORKLOADS
 
@@ -172,6 +173,8 @@ def bench(
         results = measure.run(
             workloads, target, [getattr(torch, d.value) for d in dtype], seconds, with_compile, status.update
         )
+        if with_sweeps:
+            results["sweeps"] = sweeps.run(target, getattr(torch, dtype[-1].value), seconds / 10, status.update)
     table = Table(*reports.COLUMNS)
     for row in reports.rows(results):
         table.add_row(*row)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mkconvlstm_cuda.bench import contestants, machine, measure, report
+from mkconvlstm_cuda.bench import contestants, machine, measure, report, sweeps
 from mkconvlstm_cuda.bench.peers import BatchedInputLoop, UsualLoop
 from mkconvlstm_cuda.bench.timing import take_turns
 from mkconvlstm_cuda.bench.workloads import WORKLOADS, Workload
@@ -62,6 +62,27 @@ def test_a_record_adds_up():
     h_and_c = 2 * 4 * 2 * 3 * 8 * 30
     assert records["ours, aten, recompute"].kept_mib * 2**20 == pytest.approx(h_and_c, abs=512)
     assert records["usual loop"].kept_mib > records["ours, aten"].kept_mib
+
+
+def test_sweeps_change_one_size_at_a_time(monkeypatch, tmp_path):
+    base = sweeps.BASE
+    for axis, value, w in sweeps.points(base):
+        changed = {"T": w.steps, "B": w.batch, "F": w.hidden_channels, "H": w.height}[axis[0]]
+        assert changed == value
+        same = [w.steps == base.steps, w.batch == base.batch, w.kernels == base.kernels, w.height == base.height]
+        assert same.count(False) <= 1
+        assert w.width == w.height
+    monkeypatch.setattr(sweeps, "BASE_CPU", TINY)
+    monkeypatch.setattr(
+        sweeps,
+        "AXES",
+        {"T, steps": ((1, 2), sweeps.AXES["T, steps"][1]), "B, batch": ((1, 2), sweeps.AXES["B, batch"][1])},
+    )
+    records = sweeps.run(CPU, torch.float32, 0.01)
+    assert {(r["axis"], r["value"]) for r in records} == {(a, n) for a in sweeps.AXES for n in (1, 2)}
+    assert {r["contestant"] for r in records} >= {"usual loop", "ours, aten"}
+    report.plot_sweeps(records, tmp_path / "sweeps.png")
+    assert (tmp_path / "sweeps.png").stat().st_size > 5000
 
 
 def test_contestants_take_turns():

@@ -115,8 +115,8 @@ class TransitionWeights:
         return self.from_tensors(cast, *self.form)
 
     def channels_last(self) -> TransitionWeights:
-        """The same with channels innermost in memory, as the images have them: for many uses in a row."""
-        same = [channels_last(t) if t is not None and t.dim() == 4 else t for t in self.tensors()]
+        """The same with channels innermost in memory, as the images have them, for many uses in a row; no gradient."""
+        same = [layout.channels_last(t) if t is not None and t.dim() == 4 else t for t in self.tensors()]
         return self.from_tensors(same, *self.form)
 
     def with_bias(self, bias: Tensor | None) -> TransitionWeights:

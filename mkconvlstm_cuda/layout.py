@@ -27,6 +27,24 @@ def copy(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
+def channels_last(weight: Tensor) -> Tensor:
+    """``weight`` [outputs, inputs, kh, kw] with inputs innermost in memory, not differentiable."""
+    return as_format(weight, torch.channels_last)
+
+
+def contiguous(weight: Tensor) -> Tensor:
+    """``weight`` [outputs, inputs, kh, kw] with kernels innermost in memory, not differentiable."""
+    return as_format(weight, torch.contiguous_format)
+
+
+def as_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
+    if weight.is_contiguous(memory_format=memory_format):
+        return weight
+    out = torch.empty_like(weight, memory_format=memory_format)
+    copy(out[None], weight.detach()[None])
+    return out
+
+
 def channel_sums(images: Tensor) -> Tensor:
     """``images.sum((0, 2, 3))`` for ``images`` [N, C, H, W]: [C], float32 for half types."""
     channels_last = images.is_contiguous(memory_format=torch.channels_last)

@@ -35,6 +35,7 @@ class Record:
     setup_s: float  # first forward and backward: compilation, capture, loading
     kept_mib: float  # held for backward beside the input and the parameters
     peak_mib: float | None  # GPU memory while training, beside the input, its gradient and the parameters
+    gpu_busy: float | None  # share of the time in which the GPU works, over training steps one after another
     output_error: float  # against float64, relative, Frobenius norm
     gradient_error: float  # the same of the input's gradient
 
@@ -68,6 +69,29 @@ def peak_bytes(contestant: Contestant) -> int | None:
     Contestant.train(contestant)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def gpu_busy(contestant: Contestant, steps: int = 4) -> float | None:
+    """Share of the time, from first to last kernel of ``steps`` training steps, in which one runs; None on CPUs."""
+    device = contestant.x.device
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        for _ in range(steps):
+            contestant.train()
+        torch.cuda.synchronize(device)
+    kernels = [e.time_range for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return covered([(k.start, k.end) for k in kernels])
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Share of the time from the first start to the last end that ``intervals`` cover."""
+    intervals = sorted(intervals)
+    busy, end = 0.0, intervals[0][0]
+    for start, stop in intervals:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy / (end - intervals[0][0])
 
 
 def run(
@@ -180,6 +204,7 @@ def run_workload(
                 setup_s=setup[name],
                 kept_mib=kept_bytes(contestant) / 2**20,
                 peak_mib=None if peak is None else peak / 2**20,
+                gpu_busy=gpu_busy(contestant),
                 output_error=errors[name][0],
                 gradient_error=errors[name][1],
             )

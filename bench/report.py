@@ -17,6 +17,7 @@ COLUMNS = (
     "of peak rate",
     "kept for backward, MiB",
     "peak in training, MiB",
+    "GPU busy",
 )
 
 
@@ -37,6 +38,7 @@ def rows(results: dict) -> list[tuple[str, ...]]:
                 f"{100 * r['share_of_peak']:.0f}%",
                 f"{r['kept_mib']:.1f}",
                 "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}",
+                "" if r["gpu_busy"] is None else f"{100 * r['gpu_busy']:.0f}%",
             )
         )
     return table
@@ -46,7 +48,7 @@ def markdown(results: dict) -> str:
     """The table, and a line that says where it was measured."""
     table = [COLUMNS, ["---"] * len(COLUMNS), *rows(results)]
     if results["device_type"] == "cpu":
-        table = [row[:-1] for row in table]  # GPU memory
+        table = [row[:-2] for row in table]  # GPU memory and time
     lines = ["| " + " | ".join(row) + " |" for row in table]
     rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in results["peak_tflops"].items())
     where = f"{results['device']}" + (f", {results['threads']} threads" if results["device_type"] == "cpu" else "")

@@ -10,10 +10,11 @@ from . import triton_backend
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether Triton kernels may stand in for torch: nothing has to see, trace or differentiate what they do."""
-    if torch.compiler.is_compiling() or triton_backend.available():
+    if not all(t.is_cuda for t in tensors) and not triton_backend.interpreted():
         return False
-    on_device = all(t.is_cuda or triton_backend.interpreted() for t in tensors)
-    return on_device and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return not torch.compiler.is_compiling() and triton_backend.available() is None
 
 
 def copy(target: Tensor, source: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib.util import find_spec
 
@@ -13,8 +14,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache
+def installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def available() -> str | None:
-    if find_spec("triton") is None:
+    if not installed():
         return "the package triton is not installed"
     if not torch.cuda.is_available() and not interpreted():
         return "torch finds no GPU"

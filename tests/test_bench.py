@@ -85,6 +85,11 @@ def test_sweeps_change_one_size_at_a_time(monkeypatch, tmp_path):
     assert (tmp_path / "sweeps.png").stat().st_size > 5000
 
 
+def test_busy_time_counts_overlaps_once():
+    assert measure.covered([(0, 1), (0.5, 2), (3, 4)]) == pytest.approx(3 / 4)
+    assert measure.covered([(5, 6), (1, 5)]) == pytest.approx(1)
+
+
 def test_contestants_take_turns():
     order = []
     timings = take_turns({n: lambda n=n: order.append(n) for n in "abc"}, CPU, seconds=0, min_rounds=3)

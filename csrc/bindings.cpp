@@ -81,6 +81,8 @@ py::dict build_info() {
 
 }  // namespace
 
+void bind_sequence_plan(py::module_& m);
+
 }  // namespace mkconvlstm
 
 PYBIND11_MODULE(_C, m) {
@@ -104,6 +106,8 @@ PYBIND11_MODULE(_C, m) {
         py::kw_only(), "batch"_a, "channels"_a, "height"_a, "width"_a, "dtype"_a = "float32",
         "layout"_a = "channels_first", "peephole"_a = py::none(), "max_vector_width"_a = 16, "multiprocessors"_a = 132,
         "max_threads_per_multiprocessor"_a = 2048);
+
+  mkconvlstm::bind_sequence_plan(m);
 
   m.def("build_info", &mkconvlstm::build_info,
         "Compilers, CUDA architectures and torch of this build; cuda_missing says why there is no CUDA library.");

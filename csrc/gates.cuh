@@ -42,23 +42,23 @@ struct CellGradient {
   T dc_prev;
 };
 
-// Where exp and tanh come from; a caller may bring others.
+// exp(-x) may overflow to infinity; the quotient is then zero, as it should be.
+template <typename T>
+MKCONVLSTM_INLINE T sigmoid(T x) {
+  return T(1) / (T(1) + std::exp(-x));
+}
+
+// How a cell computes its functions; a caller may bring faster ones.
 struct StandardMath {
   template <typename T>
-  static MKCONVLSTM_INLINE T exp(T x) {
-    return std::exp(x);
+  static MKCONVLSTM_INLINE T sigmoid(T x) {
+    return mkconvlstm::sigmoid(x);
   }
   template <typename T>
   static MKCONVLSTM_INLINE T tanh(T x) {
     return std::tanh(x);
   }
 };
-
-// exp(-x) may overflow to infinity; the quotient is then zero, as it should be.
-template <typename T, typename Math = StandardMath>
-MKCONVLSTM_INLINE T sigmoid(T x) {
-  return T(1) / (T(1) + Math::exp(-x));
-}
 
 // z: pre-activations. Without peepholes w is not read into the result, so an infinite c_prev stays harmless.
 template <typename T, typename Math = StandardMath>
@@ -67,13 +67,13 @@ MKCONVLSTM_INLINE CellOutput<T> cell_forward(Gates<T> z, T c_prev, PeepholeWeigh
     z.i += w.i * c_prev;
     z.f += w.f * c_prev;
   }
-  const T i = sigmoid<T, Math>(z.i);
-  const T f = sigmoid<T, Math>(z.f);
+  const T i = Math::sigmoid(z.i);
+  const T f = Math::sigmoid(z.f);
   const T g = Math::tanh(z.g);
   const T c = f * c_prev + i * g;
 
   if (peepholes != Peepholes::kNone) z.o += w.o * (peepholes == Peepholes::kCurrentOutput ? c : c_prev);
-  const T o = sigmoid<T, Math>(z.o);
+  const T o = Math::sigmoid(z.o);
   return {{i, f, g, o}, c, o * Math::tanh(c)};
 }
 

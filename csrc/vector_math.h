@@ -11,6 +11,11 @@
 namespace mkconvlstm {
 
 struct VectorMath {
+  template <typename T>
+  static MKCONVLSTM_INLINE T sigmoid(T x) {
+    return T(1) / (T(1) + exp(-x));
+  }
+
   static MKCONVLSTM_INLINE double exp(double x) { return std::exp(x); }
   static MKCONVLSTM_INLINE double tanh(double x) { return std::tanh(x); }
 

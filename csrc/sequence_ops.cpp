@@ -1,0 +1,188 @@
+// The whole recurrence as one CUDA operation: schema, argument checks, the way to a launcher. Only torch's stable ABI.
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "sequence_plan.h"
+#include "sm90/forward.h"
+
+namespace mkconvlstm {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void check_cuda(cudaError_t error, const char* op) {
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+}
+
+// What all tensors of a call have in common.
+class Checker {
+ public:
+  Checker(const char* op, const Tensor& like) : op_(op), device_(like.get_device_index()) {
+    STD_TORCH_CHECK(like.is_cuda(), op, ": all tensors must be on a CUDA device");
+    type_ = like.scalar_type();
+    STD_TORCH_CHECK(type_ == ScalarType::Half || type_ == ScalarType::BFloat16, op,
+                    ": z must be float16 or bfloat16, got ", toString(type_));
+  }
+
+  // The data of a contiguous tensor of that many elements, all of which kernels reach by 16-byte accesses.
+  template <typename Pointer>
+  Pointer* read(const Tensor& tensor, const char* name, int64_t elements, ScalarType type) const {
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, op_, ": ", name,
+                    " must be on the device of z");
+    STD_TORCH_CHECK(tensor.scalar_type() == type, op_, ": ", name, " must be ", toString(type), ", got ",
+                    toString(tensor.scalar_type()));
+    STD_TORCH_CHECK(tensor.numel() == elements && tensor.is_contiguous(), op_, ": ", name, " must hold ", elements,
+                    " elements, contiguous, got ", tensor.numel());
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, op_, ": ", name,
+                    " must begin at a multiple of 16 bytes");
+    return static_cast<Pointer*>(tensor.data_ptr());
+  }
+
+  template <typename Pointer>
+  Pointer* read(const OptionalTensor& tensor, const char* name, int64_t elements, ScalarType type) const {
+    return tensor ? read<Pointer>(*tensor, name, elements, type) : nullptr;
+  }
+
+  ScalarType type() const { return type_; }
+  DType dtype() const { return type_ == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16; }
+  int32_t device() const { return device_; }
+
+ private:
+  const char* op_;
+  int32_t device_;
+  ScalarType type_;
+};
+
+// Freed when the caller returns; torch keeps the memory until the stream has passed what was launched before.
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  const int64_t sizes[1] = {bytes};
+  return torch::stable::new_empty(like, {sizes, 1}, ScalarType::Byte);
+}
+
+HopperLimits device_limits(int32_t device, const char* op) {
+  HopperLimits limits;
+  check_cuda(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device), op);
+  check_cuda(cudaDeviceGetAttribute(&limits.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), op);
+  return limits;
+}
+
+// data: [rows, columns] of 16-bit elements, loaded in boxes of box_rows x 64 with the 128-byte swizzle.
+CUtensorMap tensor_map(void* data, DType dtype, int64_t rows, int64_t columns, int box_rows, const char* op) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  STD_TORCH_CHECK(encode != nullptr, op, ": the driver has no tensor maps");
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
+  const cuuint32_t box[2] = {sm90::kBoxChannels, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const CUresult result = encode(
+      &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data,
+      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, op, ": cuTensorMapEncodeTiled failed with error ", static_cast<int>(result));
+  return map;
+}
+
+void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTensor weight_1, OptionalTensor bias_0,
+                  OptionalTensor bias_1, Tensor h, Tensor c, OptionalTensor h_0, OptionalTensor c_0, bool keep) {
+  const char* op = "sm90_forward";
+  const Checker checker(op, z_0);
+  STD_TORCH_CHECK(h.dim() == 5, op, ": h must be [batch, steps, hidden, height, width]");
+  const int64_t batch = h.size(0), steps = h.size(1), hidden = h.size(2), height = h.size(3), width = h.size(4);
+  const int64_t pixels = batch * height * width;
+  const ScalarType half = checker.type(), single = ScalarType::Float;
+
+  SequenceProblem problem{batch, height, width, {}};
+  const void* weights[2] = {};
+  void* z[2] = {};
+  const float* biases[2] = {};
+  const OptionalTensor zs[2] = {z_0, z_1}, all_weights[2] = {weight_0, weight_1}, all_biases[2] = {bias_0, bias_1};
+  for (int r = 0; r < 2 && all_weights[r]; ++r) {
+    const Tensor& weight = *all_weights[r];
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) % 4 == 0 && weight.size(1) == hidden && zs[r], op,
+                    ": weights must be [4 * channels, hidden, kernel height, kernel width], one for each z");
+    const BranchShape branch{weight.size(2), weight.size(3), weight.size(0) / 4};
+    problem.branches.push_back(branch);
+    weights[r] = checker.read<void>(weight, "weight", weight.numel(), half);
+    z[r] = checker.read<void>(*zs[r], "z", steps * pixels * 4 * branch.channels, half);
+    biases[r] = checker.read<const float>(all_biases[r], "bias", 4 * branch.channels, single);
+  }
+  STD_TORCH_CHECK(h.numel() <= std::numeric_limits<int32_t>::max(), op, ": h must have at most 2^31 - 1 elements");
+  STD_TORCH_CHECK(problem.hidden() == hidden, op, ": the branches must serve all hidden channels");
+
+  const torch::stable::accelerator::DeviceGuard guard(checker.device());
+  const ForwardPlan plan = plan_forward(problem, device_limits(checker.device(), op));
+  sm90::Forward forward{};
+  forward.program = plan.program;
+  for (int g = 0; g < 2; ++g) {
+    const ColumnGroup& group = plan.groups[g];
+    forward.groups[g] = {z[group.branch],       biases[group.branch], static_cast<int>(problem.branches[group.branch].channels),
+                         group.first_in_branch, group.first_hidden,   group.channels};
+  }
+  Tensor packed = scratch(h, plan.packed_bytes());
+  Tensor counters = scratch(h, 2 * plan.tiles_m * sizeof(uint32_t));
+  Tensor state = scratch(h, 2 * pixels * hidden * 2);
+  forward.packed = static_cast<char*>(packed.data_ptr());
+  forward.counters = static_cast<uint32_t*>(counters.data_ptr());
+  forward.state = state.data_ptr();
+  forward.h = checker.read<void>(h, "h", steps * pixels * hidden, half);
+  forward.c = checker.read<float>(c, "c", (keep ? steps : 1) * pixels * hidden, single);
+  forward.c_0 = checker.read<const float>(c_0, "c_0", pixels * hidden, single);
+  forward.pixels = static_cast<int>(pixels);
+  forward.steps = static_cast<int>(steps);
+  forward.height = static_cast<int>(height);
+  forward.width = static_cast<int>(width);
+  forward.hidden = static_cast<int>(hidden);
+  forward.tiles_m = plan.tiles_m;
+  forward.tiles_n = plan.tiles_n;
+  forward.has_h_0 = h_0.has_value();
+  forward.keep = keep;
+
+  void* torch_stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(checker.device(), &torch_stream));
+  const auto stream = static_cast<cudaStream_t>(torch_stream);
+  sm90::pack(plan, problem, weights, static_cast<char*>(packed.data_ptr()), stream);
+  check_cuda(cudaMemsetAsync(forward.counters, 0, counters.numel(), stream), op);
+  if (h_0) {
+    const auto* initial = checker.read<const void>(h_0, "h_0", pixels * hidden, half);
+    check_cuda(cudaMemcpyAsync(forward.state, initial, pixels * hidden * 2, cudaMemcpyDeviceToDevice, stream), op);
+  }
+  const CUtensorMap map =
+      tensor_map(forward.state, checker.dtype(), 2 * pixels, hidden, plan.program.chunk_rows, op);
+  sm90::launch(forward, map, checker.dtype(), plan.blocks, plan.shared_memory, stream);
+  check_cuda(cudaGetLastError(), op);
+}
+
+}  // namespace
+
+}  // namespace mkconvlstm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mkconvlstm, m) {
+  // The recurrence forward on Hopper, all steps in one launch; one or two branches r, pixels = [batch, height, width].
+  // z_r [steps, pixels, 4 * channels] and weight_r [4 * channels, hidden, kernel height, kernel width], gate-major;
+  // bias_r [4 * channels] float32. With keep z_r become the activated gates. h [batch, steps, hidden, height, width];
+  // c [keep ? steps : 1, pixels, hidden] float32; h_0 and c_0 [pixels, hidden].
+  m.def(
+      "sm90_forward(Tensor(a!) z_0, Tensor(b!)? z_1, Tensor weight_0, Tensor? weight_1, Tensor? bias_0, Tensor? bias_1, "
+      "Tensor(c!) h, Tensor(d!) c, Tensor? h_0, Tensor? c_0, bool keep) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mkconvlstm, CUDA, m) { m.impl("sm90_forward", TORCH_BOX(&mkconvlstm::sm90_forward)); }

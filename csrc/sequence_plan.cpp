@@ -1,0 +1,238 @@
+#include "sequence_plan.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace mkconvlstm {
+
+using namespace sm90;
+
+namespace {
+
+constexpr int kGroupChannels = kGroupColumns / 4;
+constexpr int kMaxBoxRows = 256;      // of one TMA load
+constexpr int kSwizzleRows = 8;       // rows after which the swizzle of shared memory repeats
+constexpr int kMinStages = 4;
+constexpr int kMaxRadius = 15;        // of a kernel; bits of a word say which neighbours lie inside the image
+// How many taps the second consumer multiplies before it finishes a group. The first one finishes at once, so that one
+// of them keeps the tensor cores busy while the other computes gates.
+constexpr int kDelayBoth = 4;
+constexpr int kDelaySecond = 8;
+
+int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
+
+[[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument("plan: " + reason); }
+
+void check(const SequenceProblem& problem) {
+  if (std::min({problem.batch, problem.height, problem.width}) < 1) refuse("the problem is empty");
+  if (problem.branches.empty() || problem.branches.size() > 2) refuse("one or two branches are served");
+  for (const BranchShape& branch : problem.branches) {
+    if (branch.kernel_height % 2 == 0 || branch.kernel_width % 2 == 0) refuse("kernel sizes must be odd");
+    if (branch.channels < 8 || branch.channels % 8 != 0) refuse("hidden channels must be a multiple of 8 per branch");
+  }
+  if (problem.hidden() > kMaxBoxes * kBoxChannels) refuse("too many hidden channels");
+  if (problem.batch * problem.height * problem.width > std::numeric_limits<int32_t>::max() / (8 * problem.hidden()))
+    refuse("a step has too many elements");
+}
+
+// The smaller kernel first; one branch cut in two.
+std::array<ColumnGroup, 2> column_groups(const SequenceProblem& problem) {
+  const auto group = [&](int branch, int64_t first_hidden) {
+    const BranchShape& shape = problem.branches[branch];
+    return ColumnGroup{branch, 0, static_cast<int>(first_hidden), static_cast<int>(shape.channels),
+                       static_cast<int>(shape.kernel_height), static_cast<int>(shape.kernel_width)};
+  };
+  std::array<ColumnGroup, 2> groups;
+  if (problem.branches.size() == 1) {
+    groups = {group(0, 0), group(0, 0)};
+    groups[0].channels = std::min(groups[0].channels, round_up(ceil_div(groups[0].channels, 2), kGroupChannels));
+    groups[1].first_in_branch = groups[1].first_hidden = groups[0].channels;
+    groups[1].channels -= groups[0].channels;
+  } else {
+    groups = {group(0, 0), group(1, problem.branches[0].channels)};
+    if (groups[0].kernel_height > groups[1].kernel_height || groups[0].kernel_width > groups[1].kernel_width)
+      std::swap(groups[0], groups[1]);
+    if (groups[0].kernel_height > groups[1].kernel_height || groups[0].kernel_width > groups[1].kernel_width)
+      refuse("one kernel must lie within the other");
+  }
+  return groups;
+}
+
+// Taps of the second group's kernel, those that the first shares before the others.
+std::vector<Tap> list_taps(const std::array<ColumnGroup, 2>& groups) {
+  const int radius_y = groups[1].kernel_height / 2, radius_x = groups[1].kernel_width / 2;
+  std::vector<Tap> taps;
+  for (const bool shared : {true, false}) {
+    for (int dy = -radius_y; dy <= radius_y; ++dy) {
+      for (int dx = -radius_x; dx <= radius_x; ++dx) {
+        const bool in_first = std::abs(dy) <= groups[0].kernel_height / 2 && std::abs(dx) <= groups[0].kernel_width / 2;
+        if (in_first == shared) taps.push_back({dy, dx});
+      }
+    }
+  }
+  return taps;
+}
+
+// Blocks of channels, those that hold only the first group's first: they are published first.
+void fill_boxes(const std::array<ColumnGroup, 2>& groups, int64_t hidden, Program& program) {
+  program.box_count = 0;
+  for (const int wanted : {1, 3, 2}) {
+    for (int channel = 0; channel < hidden; channel += kBoxChannels) {
+      const auto holds = [&](const ColumnGroup& group) {
+        return group.first_hidden < channel + kBoxChannels && channel < group.first_hidden + group.channels;
+      };
+      const int mask = (holds(groups[0]) ? 1 : 0) | (holds(groups[1]) ? 2 : 0);
+      if (mask == wanted) program.boxes[program.box_count++] = {static_cast<int16_t>(channel), static_cast<uint8_t>(mask)};
+    }
+  }
+}
+
+// As many boxes as fit beside a sufficient ring of weights: all of a tile, or at least two, so that the next tile's
+// first box arrives while this one is multiplied.
+void divide_shared_memory(const HopperLimits& limits, Program& program) {
+  const int rows = round_up(kTileRows + 2 * program.halo, kSwizzleRows);
+  program.box_chunks = ceil_div(rows, kMaxBoxRows);
+  program.chunk_rows = round_up(ceil_div(rows, program.box_chunks), kSwizzleRows);
+  const int available = limits.shared_memory - kZeroBytes - kBarrierBytes;
+  const auto stages = [&](int slots) { return (available - slots * program.box_bytes()) / kStageBytes; };
+  program.box_slots = std::max(program.box_count, 2);
+  while (program.box_slots > 1 && stages(program.box_slots) < kMinStages) --program.box_slots;
+  program.stages = std::min(kMaxStages, stages(program.box_slots));
+  if (program.stages < kMinStages) refuse("the image is too wide: a tile and its halo do not fit into shared memory");
+}
+
+struct Step {
+  Columns columns;
+  int box, first_tap, taps;
+};
+
+// The first boxes with all of their taps, then the shared taps of the others, then their remaining taps. So the first
+// group is complete, and on its way to the other blocks, while the second is still multiplied; and what other blocks
+// publish last is needed last. `whole` boxes are not kept for the remaining taps.
+std::vector<Step> order_products(const Program& program, int shared, int taps) {
+  const int boxes = program.box_count;
+  int first_only = 0;
+  while (first_only < boxes && program.boxes[first_only].groups == 1) ++first_only;
+  const int whole = shared == taps ? boxes : std::max(first_only / 2, boxes - program.box_slots);
+  std::vector<Step> steps;
+  const auto add = [&](int box, bool both) {
+    if (both)
+      steps.push_back({Columns::kBoth, box, 0, shared});
+    else if (taps > shared)
+      steps.push_back({Columns::kSecond, box, shared, taps - shared});
+  };
+  for (int box = 0; box < whole; ++box) add(box, true), add(box, false);
+  for (int box = whole; box < boxes; ++box) add(box, true);
+  for (int box = whole; box < boxes; ++box) add(box, false);
+  return steps;
+}
+
+int stages_of(const Step& step) { return step.columns == Columns::kBoth ? step.taps : ceil_div(step.taps, 2); }
+
+void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, int64_t width, Program& program) {
+  int count = 0;
+  std::array<bool, kMaxBoxes> seen{};
+  std::array<int, kMaxBoxes> last_use{};
+  for (const Step& step : steps) {
+    for (int i = 0; i < step.taps; ++i) {
+      if (count == kMaxUnits) refuse("too many products");
+      const Tap tap = taps[step.first_tap + i];
+      uint8_t flags = i == 0 ? kEnterBox : 0;
+      if (!seen[step.box]) flags |= kAcquireBox;
+      seen[step.box] = true;
+      last_use[step.box] = count;
+      program.units[count++] = {static_cast<int16_t>(tap.dy * width + tap.dx),
+                                static_cast<uint8_t>(tap.dy + program.radius_y),
+                                static_cast<uint8_t>(tap.dx + program.radius_x), static_cast<uint8_t>(step.box), flags};
+    }
+  }
+  for (int box = 0; box < program.box_count; ++box) program.units[last_use[box]].flags |= kReleaseBox;
+}
+
+// The order of products as a consumer follows it, cut where it finishes a group.
+void fill_runs(const std::vector<Step>& steps, int consumer, Program& program) {
+  int& count = program.run_count[consumer];
+  count = 0;
+  int unit = 0;
+  const auto add = [&](Columns columns, int units, int actions) {
+    if (actions == 0 && count > 0 && program.runs[consumer][count - 1].columns == columns) {
+      program.runs[consumer][count - 1].count += units;
+    } else {
+      if (count == kMaxRuns) refuse("too many hidden channels");
+      program.runs[consumer][count++] = {static_cast<uint16_t>(unit), static_cast<uint16_t>(units), columns,
+                                         static_cast<uint8_t>(actions)};
+    }
+    unit += units;
+  };
+  // A consumer may be ahead of the other by the whole ring of weights, but not by a tile.
+  const bool may_delay = consumer > 0 && program.stages_per_tile > 2 * program.stages;
+  size_t last_both = 0;
+  for (size_t i = 0; i < steps.size(); ++i)
+    if (steps[i].columns == Columns::kBoth) last_both = i;
+
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const Step& step = steps[i];
+    const int finish = (i == 0 ? kFinishSecond : 0) | (i == last_both + 1 ? kFinishFirst : 0);
+    int delay = finish == 0 || !may_delay ? 0 : step.columns == Columns::kBoth ? kDelayBoth : kDelaySecond;
+    if (delay >= step.taps) delay = 0;
+    // The box may hold what the previous tile of some block still has to publish.
+    if (delay > 0)
+      add(step.columns, delay, i == 0 && program.boxes[step.box].groups != 1 ? kFinishSecondEarly : 0);
+    add(step.columns, step.taps - delay, finish);
+  }
+  if (last_both + 1 == steps.size()) add(Columns::kSecond, 0, kFinishFirst);
+}
+
+}  // namespace
+
+int64_t SequenceProblem::hidden() const {
+  int64_t sum = 0;
+  for (const BranchShape& branch : branches) sum += branch.channels;
+  return sum;
+}
+
+int64_t ForwardPlan::packed_bytes() const { return int64_t{tiles_n} * program.stages_per_tile * kStageBytes; }
+
+ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& limits) {
+  check(problem);
+  ForwardPlan plan;
+  Program& program = plan.program;
+  plan.groups = column_groups(problem);
+  const ColumnGroup& largest = plan.groups[1];
+  program.radius_y = largest.kernel_height / 2;
+  program.radius_x = largest.kernel_width / 2;
+  if (std::max(program.radius_y, program.radius_x) > kMaxRadius) refuse("the kernel is too large");
+  const int64_t halo = program.radius_y * problem.width + program.radius_x;
+  if (halo > std::numeric_limits<int16_t>::max()) refuse("the image is too wide");
+  program.halo = static_cast<int>(halo);
+  plan.taps = list_taps(plan.groups);
+  if (plan.taps.size() > kMaxTaps) refuse("the kernel is too large");
+  const int taps = static_cast<int>(plan.taps.size());
+  const int shared = plan.groups[0].kernel_height * plan.groups[0].kernel_width;
+  fill_boxes(plan.groups, problem.hidden(), program);
+  divide_shared_memory(limits, program);
+
+  const std::vector<Step> steps = order_products(program, shared, taps);
+  program.stages_per_tile = 0;
+  for (const Step& step : steps) {
+    (step.columns == Columns::kBoth ? plan.both_stage : plan.second_stage)[step.box] = program.stages_per_tile;
+    program.stages_per_tile += stages_of(step);
+  }
+  // Less than a tile, so that no consumer is a whole tile ahead of the other.
+  program.stages = std::min(program.stages, program.stages_per_tile - 1);
+  if (program.stages < 1) refuse("a tile has too few products");
+  fill_units(steps, plan.taps, problem.width, program);
+  for (int consumer = 0; consumer < kConsumers; ++consumer) fill_runs(steps, consumer, program);
+
+  plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
+  plan.tiles_n = ceil_div(std::max(plan.groups[0].channels, plan.groups[1].channels), kGroupChannels);
+  plan.blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, int64_t{plan.tiles_m} * plan.tiles_n));
+  plan.shared_memory = program.box_slots * program.box_bytes() + kZeroBytes + program.stages * kStageBytes + kBarrierBytes;
+  return plan;
+}
+
+}  // namespace mkconvlstm

@@ -1,0 +1,211 @@
+// The products of a tile: one warp streams packed weights, one loads boxes of images, two warpgroups multiply.
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "primitives.cuh"
+#include "program.h"
+#include "wgmma.cuh"
+
+namespace mkconvlstm::sm90 {
+
+// Where everything lies in shared memory.
+struct SharedMemory {
+  uint32_t boxes, zeros, stages, stage_full, stage_empty, box_full, box_empty, finished;
+  int box_bytes;
+
+  __device__ SharedMemory(const Program& program, const void* base) {
+    box_bytes = program.box_chunks * program.chunk_rows * kRowBytes;
+    boxes = shared_address(base);
+    zeros = boxes + program.box_slots * box_bytes;
+    stages = zeros + kZeroBytes;
+    stage_full = stages + program.stages * kStageBytes;
+    stage_empty = stage_full + 8 * kMaxStages;
+    box_full = stage_empty + 8 * kMaxStages;
+    box_empty = box_full + 8 * kMaxBoxes;
+    finished = box_empty + 8 * kMaxBoxes;
+  }
+
+  // By all threads, before they part.
+  __device__ void init(const Program& program, void* base) const {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < program.stages; ++i) {
+        init_barrier(stage_full + 8 * i, 1);
+        init_barrier(stage_empty + 8 * i, 4 * kConsumers);
+      }
+      for (int i = 0; i < program.box_slots; ++i) {
+        init_barrier(box_full + 8 * i, 1);
+        init_barrier(box_empty + 8 * i, 4 * kConsumers);
+      }
+      init_barrier(finished, 4 * kConsumers);
+      fence_barrier_init();
+    }
+    if (threadIdx.x < kZeroBytes / 16)
+      reinterpret_cast<uint4*>(static_cast<char*>(base) + (zeros - boxes))[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+  }
+};
+
+// One lane: the packed weights of one tile, stage by stage.
+__device__ __forceinline__ void stream_weights(const Program& program, const SharedMemory& shared, const char* packed,
+                                               RingPosition& ring) {
+  for (int stage = 0; stage < program.stages_per_tile; ++stage) {
+    wait(shared.stage_empty + 8 * ring.index, ring.phase ^ 1);
+    expect_bytes(shared.stage_full + 8 * ring.index, kStageBytes);
+    copy_bulk(shared.stages + ring.index * kStageBytes, packed + int64_t{stage} * kStageBytes, kStageBytes,
+              shared.stage_full + 8 * ring.index);
+    ring.advance(program.stages);
+  }
+}
+
+// One lane: a box of rows [row, row + 128 + 2 * halo) of an operand; what lies outside of it is zero.
+__device__ __forceinline__ void load_box(const Program& program, const SharedMemory& shared, const CUtensorMap* map,
+                                         int channel, int row, int slot) {
+  const uint32_t barrier = shared.box_full + 8 * slot;
+  expect_bytes(barrier, shared.box_bytes);
+  for (int chunk = 0; chunk < program.box_chunks; ++chunk) {
+    copy_tensor(shared.boxes + slot * shared.box_bytes + chunk * program.chunk_rows * kRowBytes, map, channel,
+                row + chunk * program.chunk_rows, barrier);
+  }
+}
+
+// The row of the tile whose operand a lane fetches, and which of its neighbours lie inside the image.
+struct FragmentRow {
+  int row;        // in a box
+  uint32_t half;  // which 8 of 16 channels
+  uint32_t y_inside = 0, x_inside = 0;
+
+  __device__ FragmentRow(const Program& program, int warp) {
+    const int lane = threadIdx.x % 32;
+    row = program.halo + 16 * warp + lane % 16;
+    half = lane / 16;
+  }
+
+  // pixel: the lane's own in the flattened batch; beyond the last one nothing is inside.
+  __device__ void place(const Program& program, int pixel, int pixels, int height, int width) {
+    const int y = pixel / width % height, x = pixel % width;
+    y_inside = pixel < pixels ? inside(y, height, program.radius_y) : 0;
+    x_inside = inside(x, width, program.radius_x);
+  }
+
+ private:
+  // Bits [first, last] of positions -radius ... radius that stay within [0, size).
+  static __device__ uint32_t inside(int position, int size, int radius) {
+    const int first = max(0, radius - position), last = min(2 * radius, radius + size - 1 - position);
+    return (2u << last) - (1u << first);
+  }
+};
+
+// A value that is the same in all lanes, so that the compiler knows it and computes what follows from it once a warp.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
+// Boxes in shared memory, as the tiles' loads go round its slots.
+struct BoxRing {
+  int first = 0;  // the slot of this tile's first box
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ BoxRing at(const Program& program, int boxes) const {
+    BoxRing ring{first + boxes, phase};
+    while (ring.first >= program.box_slots) {
+      ring.first -= program.box_slots;
+      ring.phase ^= 1;
+    }
+    return ring;
+  }
+};
+
+// 4 fragments of 64 rows x 16 channels.
+__device__ __forceinline__ void load_fragments(uint32_t (&fragments)[4][4], uint32_t address) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_matrices(fragments[k], address ^ (k << 5));
+}
+
+// Half of a unit's products: 32 channels of its box.
+template <Columns kColumns, int kHalf, typename T>
+__device__ __forceinline__ void multiply_half(float (&first)[32], float (&second)[32], const uint32_t (&fragments)[4][4],
+                                              uint32_t weights) {
+  begin_products();
+#pragma unroll
+  for (int k = 2 * kHalf; k < 2 * kHalf + 2; ++k) {
+    if (kColumns == Columns::kBoth) {
+      multiply<T>(first, fragments[k], whole_descriptor(weights + 2 * k));
+      multiply<T>(second, fragments[k], whole_descriptor(weights + (kGroupWeightBytes >> 4) + 2 * k));
+    } else {
+      multiply<T>(second, fragments[k], whole_descriptor(weights + 2 * k));
+    }
+  }
+  commit_products();
+}
+
+// All products of a run. The next unit's fragments are fetched between the two halves of a unit: the unit before has
+// left their registers by then, and a half remains to be multiplied while they are on their way. When this returns, all
+// sums are complete.
+template <Columns kColumns, typename T>
+__device__ __forceinline__ void multiply_run(const Program& program, const SharedMemory& shared,
+                                             const FragmentRow& lane, const BoxRing& boxes, int unit, int count,
+                                             RingPosition& ring, float (&first)[32], float (&second)[32]) {
+  constexpr bool kTwoTaps = kColumns == Columns::kSecond;  // a stage holds two
+  const bool elected = threadIdx.x % 32 == 0;
+  uint32_t even[4][4], odd[4][4];
+  uint32_t box = 0, box_empty = 0;
+  bool leaves = false;     // the fragments fetched last are the last ones of their box
+  uint32_t previous = 0;   // the stage before, to be given back
+
+  // Where the lane fetches its part of a unit: the tile's rows, moved by the tap. Neighbours outside the image come
+  // from rows of zeros, those that lie in the same banks.
+  const auto locate = [&](int index) {
+    static_assert(sizeof(Unit) == 8 && offsetof(Unit, box) == 4, "all of a unit is read at once");
+    const uint2 next = *reinterpret_cast<const uint2*>(&program.units[index]);
+    const uint32_t flags = next.y >> 8;
+    if ((flags & kEnterBox) != 0 || box == 0) {
+      const BoxRing slot = boxes.at(program, next.y & 255);
+      if ((flags & kAcquireBox) != 0) wait_watched(shared.box_full + 8 * slot.first, slot.phase);
+      box = shared.boxes + slot.first * shared.box_bytes;
+      box_empty = shared.box_empty + 8 * slot.first;
+    }
+    leaves = (flags & kReleaseBox) != 0;
+    const int row = lane.row + static_cast<int16_t>(next.x);
+    const bool inside = (lane.y_inside >> (next.x >> 16 & 255)) & (lane.x_inside >> (next.x >> 24)) & 1;
+    const uint32_t address = inside ? box + row * kRowBytes : shared.zeros + (row & 7) * kRowBytes;
+    return address + ((lane.half ^ (row & 7)) << 4);
+  };
+  const auto open_stage = [&] { wait_watched(shared.stage_full + 8 * ring.index, ring.phase); };
+  const auto next_stage = [&] {
+    previous = shared.stage_empty + 8 * ring.index;
+    ring.advance(program.stages);
+    open_stage();
+  };
+
+  load_fragments(even, locate(unit));
+  open_stage();
+  int done = 0;
+  // kOdd: the second unit of a pair. Returns whether it was the last one.
+  const auto multiply_unit = [&](auto odd_one, const uint32_t(&fragments)[4][4], uint32_t(&next)[4][4]) {
+    constexpr bool kOdd = decltype(odd_one)::value;
+    const uint32_t weights = weights_descriptor(shared.stages + ring.index * kStageBytes +
+                                                (kTwoTaps && kOdd ? kGroupWeightBytes : 0));
+    multiply_half<kColumns, 0, T>(first, second, fragments, weights);
+    if (leaves) arrive_if(elected, box_empty);
+    ++done;
+    const uint32_t address = done < count ? locate(unit + done) : 0;
+    wait_products<1>();
+    pin(next);
+    if (!(kTwoTaps && kOdd) && done > 1) arrive_if(elected, previous);
+    if (done < count) load_fragments(next, address);
+    multiply_half<kColumns, 1, T>(first, second, fragments, weights);
+    if (done == count) return true;
+    if (!kTwoTaps || kOdd) next_stage();
+    return false;
+  };
+#pragma unroll 1
+  while (!multiply_unit(std::false_type{}, even, odd) && !multiply_unit(std::true_type{}, odd, even)) {
+  }
+  wait_products<0>();
+  pin(first);
+  pin(second);
+  arrive_if(elected, shared.stage_empty + 8 * ring.index);
+  ring.advance(program.stages);
+}
+
+}  // namespace mkconvlstm::sm90

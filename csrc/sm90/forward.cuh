@@ -1,0 +1,314 @@
+// The recurrence forward on Hopper, one persistent launch over all steps.
+//
+// A block owns tiles of 128 pixels x 16 channels of each of two groups, with all four gates of them: a thread has the
+// gates of its channels in its own registers. Blocks tell each other by counters, one for each pixel tile and group,
+// that their part of h_t is there; a tile waits for the pixel tiles that its taps touch, and for no others.
+#pragma once
+
+#include "../gates.cuh"
+#include "convolve.cuh"
+#include "forward.h"
+#include "half_math.cuh"
+
+namespace mkconvlstm::sm90 {
+
+constexpr int kProducerWarps = 4;
+constexpr int kThreads = 32 * (kProducerWarps + 4 * kConsumers);
+constexpr int kTileChannels = kGroupColumns / 4;
+constexpr int kPublishThreads = 128 * kConsumers + 32;
+
+// Named barriers: 1 + group.
+__device__ __forceinline__ int finished_barrier(int group) { return 1 + group; }
+
+struct Tile {
+  int step, m, n;
+};
+
+// What one thread knows of one group of a tile: two rows of pixels, four neighbouring channels.
+template <typename T>
+class GateStep {
+ public:
+  __device__ GateStep(const Forward& params, int warp) : params_(params) {
+    const int lane = threadIdx.x % 32;
+    row_ = 16 * warp + lane / 4;
+    channel_ = 4 * (lane % 4);
+  }
+
+  // Pre-activations and c_{t-1}, early enough that nobody waits for them when the same tile and group are finished.
+  __device__ __forceinline__ void load(Tile tile, int group) {
+    const GroupOperands& g = params_.groups[group];
+    const int channel = tile.n * kTileChannels + channel_, pixel = tile.m * kTileRows + row_;
+    there_[0] = channel < g.channels && pixel < params_.pixels;
+    there_[1] = channel < g.channels && pixel + 8 < params_.pixels;
+    z_at_ = pixel * 4 * g.branch_channels + g.first_in_branch + channel;
+    c_at_ = pixel * params_.hidden + g.first_hidden + channel;
+    int image = pixel / (params_.height * params_.width), at = pixel % (params_.height * params_.width);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      h_at_[half] =
+          (image * params_.steps * params_.hidden + g.first_hidden + channel) * (params_.height * params_.width) + at;
+      for (at += 8; at >= params_.height * params_.width; at -= params_.height * params_.width) ++image;
+    }
+
+    const T* z = z_of(g, tile.step);
+    const float* c_prev = tile.step == 0 ? params_.c_0 : c_of(tile.step - 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      c_[half] = float4{};
+      if (!there_[half]) continue;
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate)
+        z_[half][gate] = *reinterpret_cast<const uint2*>(z + (z_at_ + (32 * half + gate) * g.branch_channels));
+      if (c_prev != nullptr)
+        c_[half] = *reinterpret_cast<const float4*>(c_prev + (c_at_ + 8 * half * params_.hidden));
+    }
+  }
+
+  // sums: the hidden-to-hidden part of the pre-activations; overwritten. Publishes h_t first, then stores the rest.
+  __device__ __forceinline__ void finish(float (&sums)[32], Tile tile, int group) {
+    const GroupOperands& g = params_.groups[group];
+    T* state = static_cast<T*>(params_.state) + (tile.step + 1) % 2 * params_.pixels * params_.hidden;
+    uint2 h[2];
+    if (g.bias != nullptr && there_[0]) add_bias(sums, g, tile.n * kTileChannels + channel_);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float values[4], cells[4] = {c_[half].x, c_[half].y, c_[half].z, c_[half].w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float* const i = sums + at(0, half, k);
+        float* const f = sums + at(1, half, k);
+        float* const g = sums + at(2, half, k);
+        float* const o = sums + at(3, half, k);
+        const Gates<float> z{*i + z_of(half, 0, k), *f + z_of(half, 1, k), *g + z_of(half, 2, k),
+                             *o + z_of(half, 3, k)};
+        const auto out = cell_forward<float, HalfMath<T>>(z, cells[k], {}, Peepholes::kNone);
+        *i = out.gates.i;
+        *f = out.gates.f;
+        *g = out.gates.g;
+        *o = out.gates.o;
+        cells[k] = out.c;
+        values[k] = out.h;
+      }
+      c_[half] = {cells[0], cells[1], cells[2], cells[3]};
+      h[half] = {HalfMath<T>::pack(values[0], values[1]), HalfMath<T>::pack(values[2], values[3])};
+      if (there_[half]) *reinterpret_cast<uint2*>(state + (c_at_ + 8 * half * params_.hidden)) = h[half];
+    }
+    arrive_threads(finished_barrier(group), kPublishThreads);
+    store(sums, h, tile.step, g);
+  }
+
+ private:
+  // Where the sum of (gate, row + 8 * half, channel + k) lies.
+  static __device__ constexpr int at(int gate, int half, int k) { return (k / 2 * 4 + gate) * 4 + 2 * half + k % 2; }
+
+  __device__ float* c_of(int step) const {
+    return params_.c + (params_.keep ? step : 0) * int64_t{params_.pixels} * params_.hidden;
+  }
+
+  __device__ T* z_of(const GroupOperands& g, int step) const {
+    return static_cast<T*>(g.z) + int64_t{step} * params_.pixels * 4 * g.branch_channels;
+  }
+
+  __device__ float z_of(int half, int gate, int k) const {
+    const uint2 z = z_[half][gate];
+    const float2 pair = HalfMath<T>::unpack(k < 2 ? z.x : z.y);
+    return k % 2 == 0 ? pair.x : pair.y;
+  }
+
+  static __device__ __forceinline__ void add_bias(float (&sums)[32], const GroupOperands& g, int channel) {
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      const float4 bias =
+          *reinterpret_cast<const float4*>(g.bias + gate * g.branch_channels + g.first_in_branch + channel);
+      const float values[4] = {bias.x, bias.y, bias.z, bias.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sums[at(gate, 0, k)] += values[k];
+        sums[at(gate, 1, k)] += values[k];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const float (&sums)[32], const uint2 (&h)[2], int step,
+                                        const GroupOperands& g) {
+    const int image = params_.height * params_.width;
+    float* c = c_of(step);
+    T* gates = z_of(g, step);
+    auto* out = static_cast<uint16_t*>(params_.h) + int64_t{step} * params_.hidden * image;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (!there_[half]) continue;
+      __stcs(reinterpret_cast<float4*>(c + (c_at_ + 8 * half * params_.hidden)), c_[half]);
+      if (params_.keep) {
+#pragma unroll
+        for (int gate = 0; gate < 4; ++gate) {
+          const uint2 values = {HalfMath<T>::pack(sums[at(gate, half, 0)], sums[at(gate, half, 1)]),
+                                HalfMath<T>::pack(sums[at(gate, half, 2)], sums[at(gate, half, 3)])};
+          __stcs(reinterpret_cast<uint2*>(gates + (z_at_ + (32 * half + gate) * g.branch_channels)), values);
+        }
+      }
+      uint16_t* channel = out + h_at_[half];
+      channel[0] = static_cast<uint16_t>(h[half].x);
+      channel[image] = static_cast<uint16_t>(h[half].x >> 16);
+      channel[2 * image] = static_cast<uint16_t>(h[half].y);
+      channel[3 * image] = static_cast<uint16_t>(h[half].y >> 16);
+    }
+  }
+
+  const Forward& params_;
+  int row_, channel_;
+  // Of the tile and group last loaded: whether the two rows are there, and where the first lies in z and c of a step,
+  // and both in the first step of h.
+  bool there_[2];
+  int z_at_, c_at_, h_at_[2];
+  uint2 z_[2][4];
+  float4 c_[2];
+};
+
+// One warp: the boxes of every tile, once the blocks that make them have published them.
+__device__ __forceinline__ void load_images(const Forward& params, const SharedMemory& shared, const CUtensorMap* map) {
+  const Program& program = params.program;
+  const int lane = threadIdx.x % 32, tiles = params.tiles_m * params.tiles_n;
+  RingPosition ring;
+  for (int step = params.has_h_0 ? 0 : 1; step < params.steps; ++step) {
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const int first = tile % params.tiles_m * kTileRows - program.halo;
+      const int first_tile = max(0, first) / kTileRows;
+      const int last_tile = min(params.tiles_m - 1, (first + kTileRows - 1 + 2 * program.halo) / kTileRows);
+      for (int box = 0; box < program.box_count; ++box) {
+        wait(shared.box_empty + 8 * ring.index, ring.phase ^ 1);
+        for (int group = 0; group < 2; ++group) {
+          if ((program.boxes[box].groups >> group & 1) == 0) continue;
+          for (int m = first_tile + lane; m <= last_tile; m += 32)
+            wait_counter(params.counters + group * params.tiles_m + m, step * params.tiles_n);
+        }
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0)
+          load_box(program, shared, map, program.boxes[box].channel, step % 2 * params.pixels + first, ring.index);
+        __syncwarp();
+        ring.advance(program.box_slots);
+      }
+    }
+  }
+}
+
+// One warp: tells the other blocks what the consumers have finished, so that these do not wait for memory.
+__device__ __forceinline__ void publish_tiles(const Forward& params) {
+  const int tiles = params.tiles_m * params.tiles_n;
+  for (int step = 0; step < params.steps; ++step) {
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      for (int group = 0; group < 2; ++group) {
+        sync_threads(finished_barrier(group), kPublishThreads);
+        if (threadIdx.x % 32 == 0) publish(params.counters + group * params.tiles_m + tile % params.tiles_m);
+      }
+    }
+  }
+}
+
+// Two warpgroups: products and gates.
+template <typename T>
+__device__ __forceinline__ void consume(const Forward& params, const SharedMemory& shared) {
+  const Program& program = params.program;
+  const int warp = uniform(threadIdx.x / 32) - kProducerWarps, consumer = warp / 4;
+  const int tiles = params.tiles_m * params.tiles_n;
+  FragmentRow lane(program, warp);
+  GateStep<T> gates(params, warp);
+  RingPosition weights;
+  BoxRing boxes;
+  float first[32], second[32], finished[32];  // finished: the second group of the tile before
+  Tile before{};
+  bool pending = false;
+
+  for (int step = 0; step < params.steps; ++step) {
+    const bool has_products = step > 0 || params.has_h_0;
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+      const Tile tile{step, index % params.tiles_m, index / params.tiles_m};
+      if (!has_products) sync_threads(3, 128 * kConsumers);  // nothing else keeps one from overtaking the other
+      if (!pending) gates.load(tile, 0);
+      lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,
+                 params.width);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) first[i] = second[i] = 0;
+
+#pragma unroll 1
+      for (int r = 0; r < program.run_count[consumer]; ++r) {
+        const Run run = program.runs[consumer][r];
+        const bool early = (run.actions & kFinishSecondEarly) != 0 && index == blockIdx.x;
+        if (pending && (early || (run.actions & kFinishSecond) != 0)) {
+          gates.finish(finished, before, 1);
+          gates.load(tile, 0);
+          pending = false;
+        }
+        if ((run.actions & kFinishFirst) != 0) {
+          gates.finish(first, tile, 0);
+          gates.load(tile, 1);
+        }
+        if (!has_products || run.count == 0) continue;
+        if (run.columns == Columns::kBoth) {
+          multiply_run<Columns::kBoth, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
+        } else {
+          multiply_run<Columns::kSecond, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
+        }
+      }
+      if (has_products) boxes = boxes.at(program, program.box_count);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) finished[i] = second[i];
+      before = tile;
+      pending = true;
+    }
+  }
+  if (pending) gates.finish(finished, before, 1);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(const __grid_constant__ CUtensorMap state, const __grid_constant__ Forward params) {
+  extern __shared__ __align__(1024) char memory[];
+  const SharedMemory shared(params.program, memory);
+  shared.init(params.program, memory);
+
+  const int warp = threadIdx.x / 32, tiles = params.tiles_m * params.tiles_n;
+  if (warp < kProducerWarps) {
+    give_registers<40>();
+    if (warp == 0 && threadIdx.x == 0) {
+      RingPosition ring;
+      for (int step = params.has_h_0 ? 0 : 1; step < params.steps; ++step) {
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+          const int64_t stages = int64_t{tile / params.tiles_m} * params.program.stages_per_tile;
+          stream_weights(params.program, shared, params.packed + stages * kStageBytes, ring);
+        }
+      }
+    } else if (warp == 1) {
+      load_images(params, shared, &state);
+    } else if (warp == 2) {
+      publish_tiles(params);
+    } else if (threadIdx.x == 32 * 3) {
+      constexpr uint64_t kLongestTile = 20'000'000;  // nanoseconds, hundreds of times what a tile takes
+      watch(shared.finished, kLongestTile * (100 + uint64_t{params.steps} * (1 + tiles / gridDim.x)));
+    }
+  } else {
+    take_registers<232>();
+    consume<T>(params, shared);
+    arrive_if(threadIdx.x % 32 == 0, shared.finished);
+  }
+}
+
+template <typename T>
+void launch_forward(const Forward& forward, const CUtensorMap& state, int blocks, int shared_memory,
+                    cudaStream_t stream) {
+  cudaFuncSetAttribute(forward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory);
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_memory;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, forward_kernel<T>, state, forward);
+}
+
+}  // namespace mkconvlstm::sm90

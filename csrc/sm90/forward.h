@@ -1,0 +1,48 @@
+// The recurrence forward on Hopper: all steps in one launch.
+// All pointers are device memory, owned by the caller, who keeps it alive until the stream has passed the kernel.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../plan.h"
+#include "../sequence_plan.h"
+
+namespace mkconvlstm::sm90 {
+
+// One group's part of the operands. An element type T is float16 or bfloat16.
+struct GroupOperands {
+  void* z;            // T [steps, pixels, 4 * branch_channels], gate-major; pre-activations, with keep become gates
+  const float* bias;  // [4 * branch_channels], added to z; may be null
+  int branch_channels;
+  int first_in_branch, first_hidden, channels;  // see ColumnGroup
+};
+
+// pixels = batch * height * width, in this order.
+struct Forward {
+  Program program;
+  GroupOperands groups[2];
+  const char* packed;     // [tiles_n, stages_per_tile, kStageBytes]
+  void* state;            // T [2, pixels, hidden]: h_t lies in half (t + 1) % 2; h_0 in the first
+  void* h;                // T [batch, steps, hidden, height, width]
+  float* c;               // [keep ? steps : 1, pixels, hidden]
+  const float* c_0;       // [pixels, hidden]; null: zeros
+  uint32_t* counters;     // [2, tiles_m], zeros: how often a tile's group has been published
+  int pixels, steps, height, width, hidden;
+  int tiles_m, tiles_n;
+  bool has_h_0;           // without, the first step has no products
+  bool keep;
+};
+
+// Asynchronous; errors of the launch are left to cudaGetLastError. Only one such kernel may run at a time on a device's
+// multiprocessors: the launch is cooperative.
+void launch(const Forward& forward, const CUtensorMap& state, DType dtype, int blocks, int shared_memory,
+            cudaStream_t stream);
+
+// weights: [4 * channels of the branch, hidden, kernel_height, kernel_width], 16-bit elements, one for each branch.
+void pack(const ForwardPlan& plan, const SequenceProblem& problem, const void* const* weights, char* packed,
+          cudaStream_t stream);
+
+}  // namespace mkconvlstm::sm90

@@ -1,0 +1,19 @@
+// Which kernel serves an element type.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "forward.h"
+
+namespace mkconvlstm::sm90 {
+
+template <typename T>
+void launch_forward(const Forward& forward, const CUtensorMap& state, int blocks, int shared_memory,
+                    cudaStream_t stream);
+
+void launch(const Forward& forward, const CUtensorMap& state, DType dtype, int blocks, int shared_memory,
+            cudaStream_t stream) {
+  const auto chosen = dtype == DType::kFloat16 ? launch_forward<__half> : launch_forward<__nv_bfloat16>;
+  chosen(forward, state, blocks, shared_memory, stream);
+}
+
+}  // namespace mkconvlstm::sm90

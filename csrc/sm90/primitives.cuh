@@ -1,0 +1,172 @@
+// Hopper's instructions in C++: barriers in shared memory, bulk copies, matrix fragments, counters between blocks.
+// Addresses in shared memory are 32 bits of the shared window. Every wait ends: after far longer than any step can
+// take it traps, so that a mistake is an error and not a hang.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace mkconvlstm::sm90 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void arrive_if(bool elected, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "setp.ne.u32 elected, %1, 0;\n"
+      "@elected mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+      "}\n" ::"r"(barrier),
+      "r"(static_cast<uint32_t>(elected))
+      : "memory");
+}
+
+// For consumers: without a limit of its own, whose code the compiler would take for a reason to part the warp's lanes.
+// A warp that does nothing else watches over them, see `watch`.
+__device__ __forceinline__ void wait_watched(uint32_t barrier, uint32_t phase) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ready;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ready, [%0], %1;\n"
+      "@ready bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t phase) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ready, late;\n"
+      ".reg .u32 tries;\n"
+      "mov.u32 tries, 0;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ready, [%0], %1;\n"
+      "@ready bra DONE;\n"
+      "add.u32 tries, tries, 1;\n"
+      "setp.gt.u32 late, tries, 0x4000000;\n"
+      "@late trap;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"r"(barrier),
+      "r"(phase)
+      : "memory");
+}
+
+// Traps where the barrier's first phase takes longer than that.
+__device__ __forceinline__ void watch(uint32_t barrier, uint64_t nanoseconds) {
+  const auto now = [] {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+  };
+  const uint64_t begin = now();
+  for (uint32_t ready = 0; ready == 0;) {
+    __nanosleep(1000);
+    asm volatile(
+        "{\n"
+        ".reg .pred ready;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 ready, [%1], 0;\n"
+        "selp.u32 %0, 1, 0, ready;\n"
+        "}\n"
+        : "=r"(ready)
+        : "r"(barrier)
+        : "memory");
+    if (now() - begin > nanoseconds) __trap();
+  }
+}
+
+__device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map, int column, int row,
+                                            uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          target),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+// Ordinary writes that this thread has seen become visible to bulk copies that follow.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+__device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Named barriers of a part of the block.
+__device__ __forceinline__ void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void publish(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ __forceinline__ void wait_counter(const uint32_t* counter, uint32_t wanted) {
+  for (uint32_t tries = 0;; ++tries) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    if (value >= wanted) return;
+    if (tries > 1u << 23) __trap();
+  }
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Position in a ring of buffers, and the parity of the phase that it is in.
+struct RingPosition {
+  int index = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance(int size) {
+    if (++index == size) {
+      index = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+}  // namespace mkconvlstm::sm90

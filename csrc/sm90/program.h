@@ -1,0 +1,82 @@
+// What a Hopper kernel does for one tile, as data: the plan writes it on the host, the kernels only follow it.
+//
+// A tile is kTileRows neighbouring pixels of the flattened batch times two groups of kGroupColumns output columns. The
+// operand h is read in boxes of kBoxChannels channels, each with all pixels that any tap of the tile touches. A tap is
+// one position of a kernel: the same rows of a box, moved by dy * width + dx.
+#pragma once
+
+#include <cstdint>
+
+namespace mkconvlstm::sm90 {
+
+constexpr int kTileRows = 128;
+constexpr int kGroupColumns = 64;
+constexpr int kBoxChannels = 64;
+constexpr int kGroupWeightBytes = kGroupColumns * kBoxChannels * 2;  // of one tap
+constexpr int kStageBytes = 2 * kGroupWeightBytes;                   // one tap of both groups, or two taps of one
+constexpr int kRowBytes = kBoxChannels * 2;
+
+constexpr int kConsumers = 2;  // warpgroups that multiply, 64 pixels of the tile each
+constexpr int kMaxBoxes = 32;
+constexpr int kMaxUnits = 1024;
+constexpr int kMaxRuns = 80;
+constexpr int kMaxStages = 8;
+
+// What one tap of one box is multiplied into: both groups' sums or the second's alone.
+enum class Columns : uint8_t { kBoth, kSecond };
+
+enum UnitFlag : uint8_t {
+  kEnterBox = 1,    // another box than the unit before
+  kAcquireBox = 2,  // the first use of the box: wait until it is there
+  kReleaseBox = 4,  // the last use of the box
+};
+
+// One tap of one box.
+struct alignas(8) Unit {
+  int16_t rows;  // dy * width + dx
+  uint8_t y, x;  // bits that say whether the neighbour lies inside the image
+  uint8_t box;
+  uint8_t flags;
+};
+
+// What a consumer does before a run of units.
+enum Action : uint8_t {
+  kFinishFirst = 1,        // the first group's sums of this tile are complete
+  kFinishSecond = 2,       // finish the second group of the previous tile, unless that has been done
+  kFinishSecondEarly = 4,  // the same, where this tile may have to wait for what the previous one has to publish
+};
+
+// Neighbouring units with the same columns, and nothing to do between them.
+struct Run {
+  uint16_t first, count;
+  Columns columns;
+  uint8_t actions;
+};
+
+struct Box {
+  int16_t channel;  // its first
+  uint8_t groups;   // bit g: group g's part of the previous step is in it
+};
+
+struct Program {
+  Unit units[kMaxUnits];
+  Run runs[kConsumers][kMaxRuns];
+  Box boxes[kMaxBoxes];
+  int run_count[kConsumers];
+  int box_count;
+  int box_slots;            // boxes that shared memory holds at a time
+  int box_chunks;           // TMA loads that fill a box
+  int chunk_rows;           // of one load
+  int halo;                 // rows before and after a tile's own
+  int radius_y, radius_x;   // of the largest kernel
+  int stages;               // of the weights' ring
+  int stages_per_tile;
+
+  int box_bytes() const { return box_chunks * chunk_rows * kRowBytes; }
+};
+
+// Shared memory: boxes, 8 rows of zeros, the weights' ring, barriers.
+constexpr int kZeroBytes = 8 * kRowBytes;
+constexpr int kBarrierBytes = 8 * (2 * (kMaxStages + kMaxBoxes) + 1);
+
+}  // namespace mkconvlstm::sm90

@@ -1,0 +1,69 @@
+"""The recurrence on Hopper GPUs: hand-written CUDA kernels, one launch over all T."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .convolution import TransitionWeights
+
+
+def by_time(x: Tensor | None) -> Tensor | None:
+    """``x`` [B, T, C, H, W] as it lies in memory, [T, B, H, W, C]; [B, C, H, W] as [B, H, W, C]."""
+    if x is None:
+        return None
+    return (x.permute(1, 0, 3, 4, 2) if x.dim() == 5 else x.permute(0, 2, 3, 1)).contiguous()
+
+
+def in_place(x: Tensor) -> Tensor:
+    """``x`` [B, T, C, H, W], whose memory is [T, B, H, W, C], in that order."""
+    view = x.permute(1, 0, 3, 4, 2)
+    if not view.is_contiguous():
+        raise ValueError(f"wanted the memory of [T, B, H, W, C], got strides {view.stride()} of shape {view.shape}")
+    return view
+
+
+def pair(values: list) -> list:
+    return [*values, None] if len(values) == 1 else values
+
+
+def forward(
+    z: list[Tensor],
+    hidden: TransitionWeights,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    peephole: Tensor | None,
+    output_peephole: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """All T steps.
+
+    Args:
+        z: for each branch r the pre-activations [B, T, 4*F_r, H, W] whose memory is [T, B, H, W, 4*F_r], gate-major;
+            the transition's biases are added to them. Overwritten: with ``keep`` by the activated gates.
+        hidden: one or two branches, the kernel of one inside that of the other; in z's dtype.
+        h_0: [B, F, H, W] in z's dtype, or None for zeros.
+        c_0: [B, F, H, W] float32, or None for zeros.
+        peephole, output_peephole: None and anything; the kernel has none.
+        keep: keep gates and all cell states for backward.
+
+    Returns:
+        h [B, T, F, H, W] contiguous; c [B, T, F, H, W] float32, with ``keep``, else the last step's
+        [B, 1, F, H, W]; the memory of c is [T, B, H, W, F].
+    """
+    batch, steps, _, height, width = z[0].shape
+    channels = sum(hidden.sizes)
+    h = z[0].new_empty((batch, steps, channels, height, width))
+    c = z[0].new_empty((steps if keep else 1, batch, height, width, channels), dtype=torch.float32)
+    biases = [None if b.bias is None else b.bias.float().contiguous() for b in hidden.branches]
+    torch.ops.mkconvlstm.sm90_forward(
+        *pair([in_place(part) for part in z]),
+        *pair([b.weight.contiguous() for b in hidden.branches]),
+        *pair(biases),
+        h,
+        c,
+        by_time(h_0),
+        by_time(c_0),
+        keep,
+    )
+    return h, c.permute(1, 0, 4, 2, 3)

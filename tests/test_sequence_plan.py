@@ -1,0 +1,136 @@
+"""The plan of the recurrence on Hopper: which products, in which order, on what memory."""
+
+import contextlib
+import random
+
+import pytest
+
+from mkconvlstm_cuda import _C
+
+TILE_ROWS, STAGE_BYTES, ROW_BYTES = 128, 16384, 128
+
+WORKLOADS = {
+    "paper_mk35": {"batch": 10, "height": 14, "width": 14, "branches": [(3, 3, 128), (5, 5, 128)]},
+    "paper_5": {"batch": 10, "height": 14, "width": 14, "branches": [(5, 5, 256)]},
+    "ucf_mk35": {"batch": 10, "height": 14, "width": 14, "branches": [(3, 3, 256), (5, 5, 256)]},
+    "mnist_57": {"batch": 16, "height": 16, "width": 16, "branches": [(5, 5, 64), (7, 7, 64)]},
+    "radar_35": {"batch": 4, "height": 96, "width": 96, "branches": [(3, 3, 32), (5, 5, 32)]},
+}
+
+
+def random_problem(rng):
+    kernels = [(rng.choice([1, 3, 5, 7]), rng.choice([1, 3, 5])) for _ in range(rng.choice([1, 2]))]
+    return {
+        "batch": rng.choice([1, 2, 7, 16]),
+        "height": rng.randint(1, 40),
+        "width": rng.randint(1, 40),
+        "branches": [(h, w, 8 * rng.randint(1, 20)) for h, w in kernels],
+    }
+
+
+def plans():
+    """Plans of all workloads, and of those random problems that are served."""
+    for problem in WORKLOADS.values():
+        yield problem, _C.plan_forward(**problem)
+    rng = random.Random(0)
+    for _ in range(400):
+        problem = random_problem(rng)
+        with contextlib.suppress(ValueError):
+            yield problem, _C.plan_forward(**problem)
+
+
+def positions(kernel):
+    """Taps (dy, dx) of a kernel (height, width)."""
+    h, w = kernel
+    return {(dy, dx) for dy in range(-(h // 2), h // 2 + 1) for dx in range(-(w // 2), w // 2 + 1)}
+
+
+def test_every_product_once():
+    served = 0
+    for problem, plan in plans():
+        served += 1
+        hidden = sum(channels for *_, channels in problem["branches"])
+        units = plan.units
+        done = {0: [], 1: []}
+        run_ends = []
+        for consumer in (0, 1):
+            unit = 0
+            for run in plan.runs(consumer):
+                assert run["first"] == unit, problem
+                unit += run["count"]
+            run_ends.append(unit)
+        assert run_ends == [len(units)] * 2, problem
+        for run in plan.runs(0):
+            for unit in units[run["first"] : run["first"] + run["count"]]:
+                done[1].append((unit["box"], unit["tap"]))
+                if run["columns"] == "both":
+                    done[0].append((unit["box"], unit["tap"]))
+                assert unit["rows"] == unit["tap"][0] * problem["width"] + unit["tap"][1], problem
+        boxes = range(len(plan.boxes))
+        for group in (0, 1):
+            wanted = {(box, tap) for box in boxes for tap in positions(plan.groups[group]["kernel"])}
+            assert len(done[group]) == len(wanted), problem
+            assert set(done[group]) == wanted, problem
+        assert sorted(channel for channel, _ in plan.boxes) == list(range(0, hidden, 64)), problem
+        assert plan.tiles_m * TILE_ROWS >= problem["batch"] * problem["height"] * problem["width"], problem
+        assert sum(g["channels"] for g in plan.groups) == hidden, problem
+        assert all(g["channels"] <= 16 * plan.tiles_n for g in plan.groups), problem
+    assert served > 300
+
+
+def test_memory_is_there_when_it_is_used():
+    for problem, plan in plans():
+        assert plan.shared_memory <= 232448, problem
+        assert plan.shared_memory >= plan.box_slots * plan.box_rows * ROW_BYTES + plan.stages * STAGE_BYTES, problem
+        assert plan.box_rows >= TILE_ROWS + 2 * plan.halo, problem
+        assert plan.chunk_rows <= 256, problem
+        assert plan.chunk_rows % 8 == 0, problem
+        assert 1 <= plan.stages < plan.stages_per_tile, problem
+        held = []
+        for i, unit in enumerate(plan.units):
+            if i == 0 or plan.units[i - 1]["box"] != unit["box"]:
+                assert unit["enters"], problem
+            if unit["acquires"]:
+                assert unit["box"] not in held, problem
+                held.append(unit["box"])
+                assert len(held) <= plan.box_slots, problem
+            assert unit["box"] in held, problem
+            if unit["releases"]:
+                assert unit["box"] == held.pop(0), problem  # in the order in which they came
+        assert held == [], problem
+
+
+def test_groups_are_finished_when_their_sums_are_complete():
+    for problem, plan in plans():
+        for consumer in (0, 1):
+            runs = plan.runs(consumer)
+            assert [r["finishes_first"] for r in runs].count(True) == 1, problem
+            assert [r["finishes_second"] for r in runs].count(True) == 1, problem
+            first = next(i for i, r in enumerate(runs) if r["finishes_first"])
+            second = next(i for i, r in enumerate(runs) if r["finishes_second"])
+            assert second <= first, problem
+            assert all(r["columns"] == "second" for r in runs[first:]), problem
+            # What the previous tile has to publish is finished before this consumer can wait for it.
+            if second > 0:
+                mixed = plan.boxes[plan.units[0]["box"]][1] != 1
+                assert runs[0]["finishes_second_early"] == mixed, problem
+                assert all(u["box"] == plan.units[0]["box"] for u in plan.units[: runs[second]["first"] + 1]), problem
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"branches": [(3, 3, 8)] * 3}, "one or two branches"),
+        ({"branches": [(3, 3, 12)]}, "multiple of 8"),
+        ({"branches": [(2, 3, 16)]}, "odd"),
+        ({"branches": [(3, 5, 16), (5, 3, 16)]}, "within the other"),
+        ({"branches": [(33, 33, 16)]}, "kernel is too large"),
+        ({"width": 2000}, "too wide"),
+        ({"branches": [(3, 3, 4096)]}, "too many hidden channels"),
+        ({"batch": 0}, "empty"),
+        ({"batch": 10**7}, "too many elements"),
+    ],
+)
+def test_refusals_say_why(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        _C.plan_forward(**{**WORKLOADS["paper_mk35"], **change})

@@ -114,6 +114,7 @@ def sequence(
     dtype: torch.dtype,
     peephole: Tensor | None = None,
     output_peephole: str = "previous",
+    norm: Callable[[Tensor], Tensor] | None = None,
     lengths: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +127,7 @@ def sequence(
             [B, F, H, W] -> [B, 4F, H, W].
         bias: [4F], gate-major, of any dtype; or None.
         h_0, c_0: [B, F, H, W] in ``dtype`` and its accumulate dtype; None for zeros.
+        norm: of z_t + U(h_{t-1}), [B, 4F, H, W]; only with the reference.
         lengths: [B] int64 on x's device, each in 1..T, or None.
         recompute: keep h and c alone for backward.
 
@@ -140,7 +142,7 @@ def sequence(
         images = z if live else transition_forward(time_major(x, dtype), inputs)
         images = images if bias is None else images + bias.to(dtype)[:, None, None]
         apply = (lambda h: transition_forward(h, hidden)) if isinstance(hidden, TransitionWeights) else hidden
-        h, c = reference.sequence(sequence_of(images, x.shape[1]), apply, h_0, c_0, peephole, output_peephole)
+        h, c = reference.sequence(sequence_of(images, x.shape[1]), apply, h_0, c_0, peephole, output_peephole, norm)
         return h, last_states(h, lengths), last_states(c, lengths)
     w_x = None if live else inputs
     tensors = [*([] if live else inputs.tensors()), *hidden.tensors()]

@@ -42,6 +42,7 @@ def sequence(
     c_0: Tensor | None,
     peephole: Tensor | None,
     output_peephole: str,
+    norm: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence over all T.
 
@@ -52,16 +53,18 @@ def sequence(
         c_0: [B, F, H, W] in ``accumulate_dtype(z.dtype)``, or None for zeros.
         peephole: [3, F, 1 or H, 1 or W], or None.
         output_peephole: "previous" or "current".
+        norm: of the sum ``z_t + U(h_{t-1})``, [B, 4F, H, W] in the accumulate dtype, or None.
 
     Returns:
         h [B, T, F, H, W], contiguous, in z's dtype and c, the same shape, in the accumulate dtype.
     """
-    batch, _, gates, height, width = z.shape
-    c = z.new_zeros((batch, gates // 4, height, width), dtype=accumulate_dtype(z.dtype)) if c_0 is None else c_0
+    batch, _, outputs, height, width = z.shape
+    c = z.new_zeros((batch, outputs // 4, height, width), dtype=accumulate_dtype(z.dtype)) if c_0 is None else c_0
     h = torch.zeros_like(c, dtype=z.dtype) if h_0 is None else h_0
     hs, cs = [], []
     for z_t in z.unbind(1):
-        h, c = cell_step(z_t.to(c.dtype) + hidden_transition(h), c, peephole, output_peephole)
+        gates = z_t.to(c.dtype) + hidden_transition(h)
+        h, c = cell_step(gates if norm is None else norm(gates), c, peephole, output_peephole)
         h = h.to(z.dtype)
         hs.append(h)
         cs.append(c)

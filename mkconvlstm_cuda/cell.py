@@ -11,7 +11,7 @@ from .autograd import no_autocast
 from .convolution import time_major
 from .dispatch import check_name
 from .functional import LiveTransition, State
-from .transition import Kernels, Transition, parse_branches
+from .transition import Kernels, Transition, is_image_size, normalise, parse_branches
 
 
 class MKConvLSTMCell(nn.Module):
@@ -29,6 +29,7 @@ class MKConvLSTMCell(nn.Module):
         mix: str | None = None,
         mix_activation: str | None = None,
         norm: str | None = None,
+        gate_norm: int | None = None,
         peephole: str | None = None,
         output_peephole: str = "previous",
         image_size: tuple[int, int] | None = None,
@@ -61,12 +62,17 @@ class MKConvLSTMCell(nn.Module):
         self.output_peephole, self.forget_bias = output_peephole, forget_bias
         self.backend = check_name(backend)
         self.last_backend: str | None = None
-        self.input_transition = Transition(in_channels, branches, mix, mix_activation, norm, **factory)
-        self.hidden_transition = Transition(self.hidden_channels, hidden_branches, mix, mix_activation, norm, **factory)
+        outputs = 4 * self.hidden_channels
+        if gate_norm is not None and (not isinstance(gate_norm, int) or gate_norm < 1 or outputs % gate_norm):
+            raise ValueError(f"gate_norm: got {gate_norm!r}, wanted a number of groups that divides 4F={outputs}")
+        transition = (mix, mix_activation, norm, image_size)
+        self.input_transition = Transition(in_channels, branches, *transition, **factory)
+        self.hidden_transition = Transition(self.hidden_channels, hidden_branches, *transition, **factory)
+        self.gate_norm = None if gate_norm is None else nn.GroupNorm(gate_norm, outputs, **factory)
         self.attention = None
         if attention is not None:
             self.attention = FlowMasks(attention, self.input_transition.kernel_sizes, in_channels, **factory)
-        self.bias = nn.Parameter(torch.empty(4 * self.hidden_channels, **factory)) if bias else None
+        self.bias = nn.Parameter(torch.empty(outputs, **factory)) if bias else None
         size = image_size if peephole == "pixel" else (1, 1)
         self.peephole = nn.Parameter(torch.empty(3, self.hidden_channels, *size, **factory)) if peephole else None
         self.reset_parameters()
@@ -121,6 +127,9 @@ class MKConvLSTMCell(nn.Module):
         """
         functional.check_tensor("x", x, ("B", "T", "C", "H", "W"), {"C": self.in_channels})
         functional.check_same_kind("the weights", self.input_transition.branches[0].conv.weight, "x", x)
+        size = self.input_transition.image_size
+        if size is not None and tuple(x.shape[3:]) != size:
+            raise ValueError(f"x: got image size {tuple(x.shape[3:])}, wanted that of norm='layer_pixel', {size}")
         if self.peephole is not None:
             functional.check_peephole(self.peephole, self.output_peephole, self.hidden_channels, x)
         if self.attention is None:
@@ -147,7 +156,7 @@ class MKConvLSTMCell(nn.Module):
         """Checked ``x`` [B, T, C, H, W] through all steps: h [B, T, F, H, W], and the last h and c [B, F, H, W]."""
         dtype = self.compute_dtype(x)
         with no_autocast(x.device):  # from here every dtype is chosen, not guessed
-            live = self.hidden_transition.live_parts
+            live = self.live_parts
             hidden = self.hidden_transition if live else self.hidden_transition.weights().to(dtype)
             chosen = functional.choose(x, dtype, hidden, live_parts=live, backend=self.backend)
             masks = None if self.attention is None else self.masks(flow, dtype)
@@ -167,11 +176,18 @@ class MKConvLSTMCell(nn.Module):
                 dtype=dtype,
                 peephole=self.peephole,
                 output_peephole=self.output_peephole,
+                norm=None if self.gate_norm is None else lambda z: normalise(z, self.gate_norm),
                 lengths=lengths,
                 recompute=recompute,
             )
         self.last_backend = chosen.name
         return h, h_n, c_n
+
+    @property
+    def live_parts(self) -> str | None:
+        """What of the recurrence no weights can express now, in words; None if nothing."""
+        parts = [self.hidden_transition.live_parts, None if self.gate_norm is None else "a norm of the gates"]
+        return " and ".join(p for p in parts if p) or None
 
     def live_input_transition(self, x: Tensor, masks: list[Tensor | None] | None, dtype: torch.dtype) -> LiveTransition:
         """``X(x_t)`` of all steps, by the modules themselves."""
@@ -192,7 +208,3 @@ class MKConvLSTMCell(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, hidden_channels={self.hidden_channels}, backend={self.backend!r}"
-
-
-def is_image_size(size) -> bool:
-    return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)

@@ -26,11 +26,13 @@ class MKConvLSTM(nn.Module):
         hidden_kernels: the same for hidden-to-hidden; None: as ``kernels``.
         mix: 1x1 convolution after the interleaving (Fig. 4c): None, "gate" (F x F for each gate) or "full" (4F x 4F).
         mix_activation: None or "tanh", before the mix.
-        norm: None, "batch", "group" or "layer", after every convolution but the mix. Batch norm's statistics run over
-            B and T for the input, over B at each step for the hidden state.
+        norm: None, "batch", "group", "layer" or "layer_pixel" (a scale and a shift of [channels, H, W]; needs
+            ``image_size``), after every convolution but the mix. Batch norm's statistics run over B and T for the
+            input, over B at each step for the hidden state.
+        gate_norm: None, or the groups of a GroupNorm of z_t itself, before the peepholes; ``reference`` computes it.
         peephole: None, "channel" (w_c* of [F, 1, 1]) or "pixel" ([F, H, W]; needs ``image_size``).
         output_peephole: "previous": the output gate sees c_{t-1} (eq. 8); "current": c_t (Shi et al. 2015).
-        image_size: (H, W), for ``peephole="pixel"``.
+        image_size: (H, W), for ``peephole="pixel"`` and ``norm="layer_pixel"``.
         attention: :class:`FlowAttention` for masks from optical flow (section III-D) on the first layer's input.
         num_layers: layers stacked; each takes the output of the one below.
         bidirectional: a second set of layers runs backwards in time; outputs are concatenated along channels.
@@ -53,6 +55,7 @@ class MKConvLSTM(nn.Module):
         mix: str | None = None,
         mix_activation: str | None = None,
         norm: str | None = None,
+        gate_norm: int | None = None,
         peephole: str | None = None,
         output_peephole: str = "previous",
         image_size: tuple[int, int] | None = None,
@@ -87,6 +90,7 @@ class MKConvLSTM(nn.Module):
                         mix=mix,
                         mix_activation=mix_activation,
                         norm=norm,
+                        gate_norm=gate_norm,
                         peephole=peephole,
                         output_peephole=output_peephole,
                         image_size=image_size,

@@ -13,7 +13,7 @@ from .attention import as_pair
 from .convolution import BranchWeights, TransitionWeights, interleave
 from .functional import check_kernel_size
 
-NORMS = (None, "batch", "group", "layer")
+NORMS = (None, "batch", "group", "layer", "layer_pixel")
 MIXES = (None, "gate", "full")
 
 
@@ -69,6 +69,11 @@ def parse_branches(name: str, kernels: Kernels) -> tuple[Branch, ...]:
     return branches
 
 
+def is_image_size(size) -> bool:
+    """Whether ``size`` is (H, W)."""
+    return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+
+
 def inception_branches(channels: int, bottleneck: int | None = None) -> list[Branch]:
     """The paper's Inception-like transition (Fig. 9b): 1x1; 1x1 -> 3x3; 1x1 -> 5x5; 3x3 max-pool -> 1x1.
 
@@ -90,14 +95,18 @@ def inception_branches(channels: int, bottleneck: int | None = None) -> list[Bra
     ]
 
 
-def make_norm(norm: str | None, channels: int, gates: int, **factory) -> nn.Module | None:
+def make_norm(
+    norm: str | None, channels: int, gates: int, image_size: tuple[int, int] | None = None, **factory
+) -> nn.Module | None:
     """The norm of a convolution with ``channels`` outputs, of which every ``channels // gates`` belong to one gate.
 
-    "batch": BatchNorm2d; "layer": one group over all of an image; "group": groups of 32 channels where a gate's
-    channels divide so, else one group a gate.
+    "batch": BatchNorm2d; "layer": one group over all of an image; "layer_pixel": the same with a scale and a shift of
+    [channels, H, W]; "group": groups of 32 channels where a gate's channels divide so, else one group a gate.
     """
     if norm is None:
         return None
+    if norm == "layer_pixel":
+        return nn.LayerNorm([channels, *image_size], **factory)
     if norm == "batch":
         return nn.BatchNorm2d(channels, **factory)
     per_gate = channels // gates
@@ -108,17 +117,19 @@ def make_norm(norm: str | None, channels: int, gates: int, **factory) -> nn.Modu
 class BranchModule(nn.Module):
     """``[N, C, H, W] -> [max-pool] -> [1x1 -> norm] -> K_r x K_r convolution -> [norm] -> [N, 4*F_r, H, W]``."""
 
-    def __init__(self, in_channels: int, branch: Branch, norm: str | None, **factory):
+    def __init__(
+        self, in_channels: int, branch: Branch, norm: str | None, image_size: tuple[int, int] | None, **factory
+    ):
         super().__init__()
         size, dilation = as_pair(branch.kernel_size), as_pair(branch.dilation)
         outputs, narrow = 4 * branch.channels, branch.bottleneck
         self.pool = nn.MaxPool2d(3, stride=1, padding=1) if branch.pool else None
         self.bottleneck = nn.Conv2d(in_channels, narrow, 1, bias=False, **factory) if narrow else None
-        self.bottleneck_norm = make_norm(norm, narrow, 1, **factory) if narrow else None
+        self.bottleneck_norm = make_norm(norm, narrow, 1, image_size, **factory) if narrow else None
         self.conv = nn.Conv2d(
             narrow or in_channels, outputs, size, padding="same", dilation=dilation, bias=False, **factory
         )
-        self.norm = make_norm(norm, outputs, 4, **factory)
+        self.norm = make_norm(norm, outputs, 4, image_size, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pool is not None:
@@ -167,7 +178,8 @@ class Transition(nn.Module):
         branches: {kernel size: hidden channels}, or a list of :class:`Branch`.
         mix: None, "gate" (an F x F matrix for each gate) or "full" (4F x 4F), after the interleaving (Fig. 4c).
         mix_activation: None or "tanh", before the mix (Fig. 13d).
-        norm: None, "batch", "group" or "layer", after every convolution but the mix.
+        norm: None, "batch", "group", "layer" or "layer_pixel", after every convolution but the mix.
+        image_size: (H, W), for ``norm="layer_pixel"``.
     """
 
     def __init__(
@@ -177,6 +189,7 @@ class Transition(nn.Module):
         mix: str | None = None,
         mix_activation: str | None = None,
         norm: str | None = None,
+        image_size: tuple[int, int] | None = None,
         **factory,
     ):
         super().__init__()
@@ -184,14 +197,17 @@ class Transition(nn.Module):
             raise ValueError(f"mix: got {mix!r}, wanted one of {MIXES}")
         if norm not in NORMS:
             raise ValueError(f"norm: got {norm!r}, wanted one of {NORMS}")
+        if norm == "layer_pixel" and not is_image_size(image_size):
+            raise ValueError(f"image_size: got {image_size!r}, wanted (H, W), which norm='layer_pixel' needs")
         if mix_activation not in (None, "tanh"):
             raise ValueError(f"mix_activation: got {mix_activation!r}, wanted None or 'tanh'")
         if mix_activation and mix is None:
             raise ValueError("mix_activation: got 'tanh' without a mix, wanted mix='gate' or mix='full' with it")
         branches = parse_branches("branches", branches)
         self.norm_kind = norm
+        self.image_size = tuple(image_size) if norm == "layer_pixel" else None
         self.mix_tanh = mix_activation == "tanh"
-        self.branches = nn.ModuleList(BranchModule(in_channels, b, norm, **factory) for b in branches)
+        self.branches = nn.ModuleList(BranchModule(in_channels, b, norm, image_size, **factory) for b in branches)
         outputs = 4 * sum(b.channels for b in branches)
         groups = 4 if mix == "gate" else 1
         self.mix = nn.Conv2d(outputs, outputs, 1, groups=groups, bias=False, **factory) if mix else None
@@ -231,8 +247,8 @@ class Transition(nn.Module):
             parts.append("max-pooling")
         if self.norm_kind == "batch" and self.training:
             parts.append("batch norm in training")
-        elif self.norm_kind in ("group", "layer"):
-            parts.append(f"{self.norm_kind} norm")
+        elif self.norm_kind not in (None, "batch"):
+            parts.append(f"{self.norm_kind.removesuffix('_pixel')} norm")
         return " and ".join(parts) or None
 
     def weights(self) -> TransitionWeights:

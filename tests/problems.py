@@ -119,13 +119,15 @@ PROBLEMS = {
     ),
     "group norm": Problem(options={"norm": "group"}),
     "layer norm": Problem(options={"norm": "layer", "recompute": True}),
+    "layer norm by pixel": Problem(options={"norm": "layer_pixel", "image_size": (4, 3)}),
     "batch norm": Problem(options={"norm": "batch"}),
+    "norm of the gates": Problem(options={"gate_norm": 3, "peephole": "channel"}),
     "inception": Problem(inception_branches(4), {"norm": "batch"}),
     "pool": Problem([Branch(1, 1, pool=True), Branch(3, 1)]),
 }
 
 # What no weights stand for is served by "reference" alone.
-LIVE = ("group norm", "layer norm", "batch norm", "inception", "pool")
+LIVE = ("group norm", "layer norm", "layer norm by pixel", "batch norm", "norm of the gates", "inception", "pool")
 
 
 def backends_here(device: str = "cpu") -> list:

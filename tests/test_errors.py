@@ -28,6 +28,9 @@ CONSTRUCTION = {
     "mix_activation": (ValueError, "mix_activation: got 'relu'", (4, {3: 5}), {"mix": "full", "mix_activation": "relu"}),
     "activation without mix": (ValueError, "mix_activation: got 'tanh' without", (4, {3: 5}), {"mix_activation": "tanh"}),
     "norm": (ValueError, "norm: got 'instance'", (4, {3: 5}), {"norm": "instance"}),
+    "layer_pixel without size": (ValueError, "image_size: got None", (4, {3: 5}), {"norm": "layer_pixel"}),
+    "gate_norm": (ValueError, "gate_norm: got 3, wanted .* divides 4F=20", (4, {3: 5}), {"gate_norm": 3}),
+    "gate_norm a string": (ValueError, "gate_norm: got 'group'", (4, {3: 5}), {"gate_norm": "group"}),
     "peephole": (ValueError, "peephole: got 'all'", (4, {3: 5}), {"peephole": "all"}),
     "output_peephole": (ValueError, "output_peephole: got 'next'", (4, {3: 5}), {"output_peephole": "next"}),
     "pixel peephole without size": (ValueError, "image_size: got None", (4, {3: 5}), {"peephole": "pixel"}),
@@ -107,7 +110,9 @@ CALLS = {
     "lengths ragged": (TypeError, r"lengths: got \[\[1\], \[1, 2\]\]", {}, (X,), {"lengths": [[1], [1, 2]]}),
     "time-first channels": (ValueError, r"x: got shape \[2, 3, 3, 6, 5\], wanted \[T, B, C=4", {"batch_first": False}, (X[:, :, :3],), {}),
     "peephole image": (ValueError, r"peephole: got image size \(5, 6\)", {"peephole": "pixel", "image_size": (5, 6)}, (X,), {}),
+    "layer_pixel image": (ValueError, r"x: got image size \(6, 5\), wanted .*\(5, 6\)", {"norm": "layer_pixel", "image_size": (5, 6)}, (X,), {}),
     "named backend": (ValueError, "backend: 'aten' cannot serve this call: .*layer norm", {"norm": "layer", "backend": "aten"}, (X,), {}),
+    "named backend, norm of the gates": (ValueError, "cannot serve this call: .*norm of the gates", {"gate_norm": 2, "backend": "aten"}, (X,), {}),
     "named backend, batch norm": (ValueError, "cannot serve this call: .*batch norm", {"norm": "batch", "backend": "aten"}, (X,), {}),
     "named backend's device": (ValueError, "backend: 'cuda' cannot serve this call: ", {"backend": "cuda"}, (X,), {}),
 }  # fmt: skip
@@ -124,7 +129,7 @@ def test_bad_calls(case):
     with pytest.raises(error, match=words):
         layer(*args, **named)
     assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
-    if "named backend" not in case and "peephole" not in case:
+    if "named backend" not in case and "image_size" not in options:
         layer(X, flow=X[:, :, :2] if "attention" in options else None)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mkconvlstm_cuda import Branch, MKConvLSTM, Transition, inception_branches
+from mkconvlstm_cuda import Branch, MKConvLSTM, MKConvLSTMCell, Transition, inception_branches
 from mkconvlstm_cuda.convolution import BranchWeights, branch_forward, channels_last, deinterleave, interleave
 from mkconvlstm_cuda.transition import parse_branches
 
@@ -75,6 +75,31 @@ def test_inception_is_fig_9b():
 def test_group_and_layer_norm_groups(norm, channels, groups):
     layer = MKConvLSTM(2, {3: channels}, norm=norm)
     assert layer.cells[0].input_transition.branches[0].norm.num_groups == groups
+
+
+def test_layer_norm_by_pixel_is_torchs():
+    transition = Transition(2, {3: 1, 1: 2}, norm="layer_pixel", image_size=(4, 5))
+    branch = transition.branches[1]
+    assert branch.norm.weight.shape == (8, 4, 5)
+    torch.nn.init.normal_(branch.norm.weight)
+    x = torch.randn(3, 2, 4, 5)
+    wanted = F.layer_norm(F.conv2d(x, branch.conv.weight), [8, 4, 5], branch.norm.weight, branch.norm.bias)
+    torch.testing.assert_close(transition(x).unflatten(1, (4, 3))[:, :, 1:].flatten(1, 2), wanted)
+
+
+def test_gate_norm_acts_on_the_sum():
+    """``z_t = norm(X(x_t) + U(h_{t-1}) + b)``, then the gates, peepholes included."""
+    cell = MKConvLSTMCell(3, {3: 4}, gate_norm=2, peephole="channel", dtype=torch.float64)
+    for p in cell.parameters():
+        torch.nn.init.normal_(p)
+    x, h, c = (torch.randn(2, n, 5, 4, dtype=torch.float64) for n in (3, 4, 4))
+    z = cell.input_transition(x) + cell.hidden_transition(h) + cell.bias[:, None, None]
+    z_i, z_f, z_g, z_o = F.group_norm(z, 2, cell.gate_norm.weight, cell.gate_norm.bias).chunk(4, dim=1)
+    w_ci, w_cf, w_co = cell.peephole
+    new_c = (z_f + w_cf * c).sigmoid() * c + (z_i + w_ci * c).sigmoid() * z_g.tanh()
+    got_h, got_c = cell(x, (h, c))
+    torch.testing.assert_close(got_c, new_c)
+    torch.testing.assert_close(got_h, (z_o + w_co * c).sigmoid() * new_c.tanh())
 
 
 @pytest.mark.parametrize("recompute", [False, True])

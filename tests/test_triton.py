@@ -45,6 +45,8 @@ REFUSED = {
     "group norm": "norm",
     "layer norm": "norm",
     "batch norm": "norm",
+    "layer norm by pixel": "norm",
+    "norm of the gates": "norm",
     "inception": "norm",
     "pool": "pool",
 }

@@ -135,7 +135,9 @@ class TransitionWeights:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """``x`` [N, C, H, W] with channels innermost in memory."""
+    """``x`` [N, C, H, W] with channels innermost in memory; as it is under vmap, which cannot tell what lies where."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return x
     return x.contiguous(memory_format=torch.channels_last)
 
 

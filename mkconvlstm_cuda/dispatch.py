@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.autograd import forward_ad
 
 from . import aten, cuda_backend, triton_backend
 
@@ -50,10 +51,12 @@ def _yes(*_) -> None:
     return None
 
 
+def _only_reference(live_parts: str) -> str:
+    return f"its hidden transition has {live_parts}, which only 'reference' computes"
+
+
 def _weights_only(problem: Problem) -> str | None:
-    if problem.live_parts:
-        return f"its hidden transition has {problem.live_parts}, which only 'reference' computes"
-    return None
+    return _only_reference(problem.live_parts) if problem.live_parts else None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -96,6 +99,17 @@ def refusal(backend: Backend, problem: Problem) -> str | None:
     return backend.available() or backend.supports(problem)
 
 
+def needs_reference() -> str | None:
+    """Why what runs now cannot have an operation of ours in it; None if it can."""
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX knows torch's own operations alone, as 'reference' has them"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func and forward-mode differentiation know torch's own operations alone, as 'reference' has them"
+    return None
+
+
 def choose(problem: Problem, backend: str = "auto") -> Backend:
     """The backend that serves ``problem``.
 
@@ -103,9 +117,19 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         ValueError: there is no backend of that name.
         Refusal: the named one cannot serve; the message has its reason.
     """
+    reason = None if backend == "reference" else needs_reference()
     if check_name(backend) != "auto":
         chosen = BACKENDS[backend]
-        if reason := refusal(chosen, problem):
+        if reason := reason or refusal(chosen, problem):
             raise Refusal(f"backend: {backend!r} cannot serve this call: {reason}")
         return chosen
-    return next(b for b in BACKENDS.values() if refusal(b, problem) is None)
+    return BACKENDS["reference"] if reason else next(b for b in BACKENDS.values() if refusal(b, problem) is None)
+
+
+def choose_traced(live_parts: str | None, backend: str) -> Backend:
+    """As far as it can be told while torch traces a graph: the reference, or what :func:`choose` will say in there."""
+    if reason := needs_reference() or (_only_reference(live_parts) if live_parts else None):
+        if check_name(backend) not in ("auto", "reference"):
+            raise Refusal(f"backend: {backend!r} cannot serve this call: {reason}")
+        return BACKENDS["reference"]
+    return BACKENDS["reference"] if backend == "reference" else replace(BACKENDS["aten"], name=check_name(backend))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference
+from . import dispatch, ops, reference, tracing
 from .autograd import SequenceFunction, SequenceOptions, last_states, preactivations
 from .convolution import BranchWeights, TransitionWeights, sequence_of, time_major, transition_forward
 from .reference import accumulate_dtype
@@ -86,7 +86,9 @@ class LiveTransition:
 
     def __init__(self, compute: Callable[[bool], Tensor], *reads: Tensor | None):
         self.compute = compute
-        self.reads = [(t, t._version) for t in reads if t is not None and not t.is_inference()]
+        self.reads = []
+        if not torch.compiler.is_compiling():  # compiled graphs see to that themselves
+            self.reads = [(t, t._version) for t in reads if t is not None and not t.is_inference()]
 
     def again(self) -> Tensor:
         """z once more, a fresh tensor.
@@ -145,6 +147,10 @@ def sequence(
         h, c = reference.sequence(sequence_of(images, x.shape[1]), apply, h_0, c_0, peephole, output_peephole, norm)
         return h, last_states(h, lengths), last_states(c, lengths)
     w_x = None if live else inputs
+    if torch.compiler.is_compiling():
+        return tracing.layer(
+            backend.name, x, z, w_x, hidden, h_0, c_0, peephole, bias, lengths, dtype, output_peephole, recompute
+        )
     tensors = [*([] if live else inputs.tensors()), *hidden.tensors()]
     differentiable = (None if live else x, z, h_0, c_0, peephole, bias, *tensors)
     again = inputs.again if live else None
@@ -171,6 +177,8 @@ def choose(
 
     ``live_parts`` says what weights cannot express, where ``hidden`` is a function. Raises as :func:`dispatch.choose`.
     """
+    if torch.compiler.is_compiling():
+        return dispatch.choose_traced(live_parts, backend)
     batch, _, _, height, width = x.shape
     known = {}
     if not live_parts:

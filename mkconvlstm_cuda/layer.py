@@ -111,7 +111,10 @@ class MKConvLSTM(nn.Module):
 
     @property
     def last_backend(self) -> str | None:
-        """What served the last call, or None before the first; several names where the layers differed."""
+        """What served the last call, or None before the first; several names where the layers differed.
+
+        A compiled graph chooses when it runs: "auto" stays "auto".
+        """
         used = dict.fromkeys(c.last_backend for c in self.cells if c.last_backend)
         return ", ".join(used) or None
 
@@ -224,7 +227,9 @@ def check_lengths(lengths: Tensor | None, batch: int, steps: int, device: torch.
         raise TypeError(f"lengths: got dtype {lengths.dtype}, wanted integers")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"lengths: got shape {list(lengths.shape)}, wanted [B={batch}]")
-    if batch and not (int(lengths.min()) >= 1 and int(lengths.max()) <= steps):
+    if torch.compiler.is_compiling():  # values are known when the graph runs
+        torch._assert_async(((lengths >= 1) & (lengths <= steps)).all(), "lengths: wanted all in 1..T")
+    elif batch and not (int(lengths.min()) >= 1 and int(lengths.max()) <= steps):
         raise ValueError(f"lengths: got {lengths.tolist()}, wanted all in 1..T={steps}")
     return lengths.to(device=device, dtype=torch.int64)
 

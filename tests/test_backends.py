@@ -194,7 +194,7 @@ def test_operation_is_opaque_to_autograd_and_export():
     called = {
         str(n.target) for m in exported.graph_module.modules() for n in getattr(m, "graph", torch.fx.Graph()).nodes
     }
-    assert "mkconvlstm.sequence_forward.default" in called
+    assert "mkconvlstm.layer.default" in called
     torch.testing.assert_close(exported.module()(x)[0], layer(x)[0])
 
 

@@ -1,8 +1,11 @@
-"""The ``cuda`` backend: the loop of ``aten``, with each step's gates and state update in one CUDA kernel a part."""
+"""The ``cuda`` backend: the fused recurrence where there are kernels for it, else ``aten``'s loop with fused gates."""
 
 from __future__ import annotations
 
-from . import aten, compiled, library
+from torch import Tensor
+
+from . import aten, compiled, library, sm90, triton_backend
+from .convolution import TransitionWeights, split_gates
 
 
 def available() -> str | None:
@@ -19,11 +22,28 @@ def supports(problem) -> str | None:
     return None
 
 
-def forward(*args):
-    """See :func:`aten.forward`."""
-    return aten.forward(*args, gate_step=compiled.gate_step)
+def forward(
+    z: list[Tensor],
+    hidden: TransitionWeights,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    peephole: Tensor | None,
+    output_peephole: str,
+    keep: bool,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`aten.forward`; ``bias`` [4F] is added to z."""
+    if sm90.refusal(z, hidden, peephole) is None:
+        return sm90.forward(z, hidden.with_bias(bias), h_0, c_0, keep)
+    if bias is not None:
+        for part, b in zip(z, split_gates(bias.to(z[0].dtype), hidden.parts), strict=True):
+            part += b[:, None, None]
+    return aten.forward(z, hidden, h_0, c_0, peephole, output_peephole, keep, gate_step=compiled.gate_step)
 
 
-def backward(*args):
-    """See :func:`aten.backward`."""
-    return aten.backward(*args, gate_step_backward=compiled.gate_step_backward)
+def backward(gates: list[Tensor], h: Tensor, c: Tensor, hidden: TransitionWeights, h_0, c_0, peephole, *args):
+    """See :func:`aten.backward`. What Hopper's kernels ran forward, Triton's run backward where there is Triton."""
+    if sm90.refusal(gates, hidden, peephole) is None and triton_backend.available() is None:
+        return triton_backend.backward(gates, h, c, hidden, h_0, c_0, peephole, *args)
+    step = compiled.gate_step_backward
+    return aten.backward(gates, h, c, hidden, h_0, c_0, peephole, *args, gate_step_backward=step)

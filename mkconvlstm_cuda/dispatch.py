@@ -70,7 +70,14 @@ BACKENDS: dict[str, Backend] = {
             triton_backend.backward,
             adds_bias=True,
         ),
-        Backend("cuda", cuda_backend.available, cuda_backend.supports, cuda_backend.forward, cuda_backend.backward),
+        Backend(
+            "cuda",
+            cuda_backend.available,
+            cuda_backend.supports,
+            cuda_backend.forward,
+            cuda_backend.backward,
+            adds_bias=True,
+        ),
         Backend("aten", _yes, _weights_only, aten.forward, aten.backward),
         Backend("reference", _yes, _yes),
     )

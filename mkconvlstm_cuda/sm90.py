@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .convolution import TransitionWeights
+
+
+def refusal(z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | None) -> str | None:
+    """None where the kernels compute this recurrence, else why not."""
+    part = z[0]
+    if part.dtype not in (torch.float16, torch.bfloat16):
+        return "it has float16 and bfloat16 alone"
+    if peephole is not None or hidden.mix is not None:
+        return "it has no peepholes and no 1x1 mix"
+    if any(b.bottleneck is not None or tuple(b.dilation) != (1, 1) for b in hidden.branches):
+        return "it has no bottlenecks and no dilation"
+    if part.numel() == 0:
+        return "there is nothing to compute"
+    branches = tuple((*b.weight.shape[2:], b.weight.shape[0] // 4) for b in hidden.branches)
+    return plan_refusal(part.shape[0], *part.shape[3:], branches, part.device)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_refusal(
+    batch: int, height: int, width: int, branches: tuple[tuple[int, int, int], ...], device: torch.device
+) -> str | None:
+    """The same as far as sizes decide it; ``branches``: kernel height, kernel width, hidden channels of each."""
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) != (9, 0):
+        return "it runs on Hopper GPUs"
+    from mkconvlstm_cuda import _C
+
+    limits = {
+        "multiprocessors": properties.multi_processor_count,
+        "shared_memory": properties.shared_memory_per_block_optin,
+    }
+    try:
+        _C.plan_forward(batch=batch, height=height, width=width, branches=list(branches), **limits)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def by_time(x: Tensor | None) -> Tensor | None:
@@ -32,8 +71,6 @@ def forward(
     hidden: TransitionWeights,
     h_0: Tensor | None,
     c_0: Tensor | None,
-    peephole: Tensor | None,
-    output_peephole: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """All T steps.
@@ -44,7 +81,6 @@ def forward(
         hidden: one or two branches, the kernel of one inside that of the other; in z's dtype.
         h_0: [B, F, H, W] in z's dtype, or None for zeros.
         c_0: [B, F, H, W] float32, or None for zeros.
-        peephole, output_peephole: None and anything; the kernel has none.
         keep: keep gates and all cell states for backward.
 
     Returns:

@@ -4,8 +4,10 @@ import contextlib
 import random
 
 import pytest
+import torch
 
-from mkconvlstm_cuda import _C
+from mkconvlstm_cuda import _C, sm90
+from mkconvlstm_cuda.convolution import BranchWeights, TransitionWeights
 
 TILE_ROWS, STAGE_BYTES, ROW_BYTES = 128, 16384, 128
 
@@ -134,3 +136,24 @@ def test_groups_are_finished_when_their_sums_are_complete():
 def test_refusals_say_why(change, reason):
     with pytest.raises(ValueError, match=reason):
         _C.plan_forward(**{**WORKLOADS["paper_mk35"], **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float32}, "float32"),
+        ({"peephole": True}, "peepholes"),
+        ({"mix": True}, "mix"),
+        ({"dilation": (2, 2)}, "dilated"),
+        ({"kernel": 2}, "odd"),
+    ],
+)
+def test_refusal_of_operands(change, reason):
+    options = {"dtype": torch.bfloat16, "peephole": False, "mix": False, "dilation": (1, 1), "kernel": 3} | change
+    kernel, dtype = options["kernel"], options["dtype"]
+    branch = BranchWeights(torch.zeros((32, 8, kernel, kernel), dtype=dtype), dilation=options["dilation"])
+    hidden = TransitionWeights((branch,), mix=torch.zeros((32, 8, 1, 1)) if options["mix"] else None)
+    z = [torch.zeros((2, 3, 32, 5, 4), dtype=dtype)]
+    got = sm90.refusal(z, hidden, torch.zeros((3, 8, 1, 1)) if options["peephole"] else None)
+    assert got is None if reason is None else reason in got

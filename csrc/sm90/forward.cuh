@@ -34,21 +34,28 @@ class GateStep {
     channel_ = 4 * (lane % 4);
   }
 
+  // The divisions, once a tile.
+  __device__ __forceinline__ void place(int tile_m) {
+    const int image_pixels = params_.height * params_.width;
+    pixel_ = tile_m * kTileRows + row_;
+    int image = pixel_ / image_pixels, at = pixel_ % image_pixels;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      image_at_[half] = image * params_.steps * params_.hidden * image_pixels + at;
+      for (at += 8; at >= image_pixels; at -= image_pixels) ++image;
+    }
+  }
+
   // Pre-activations and c_{t-1}, early enough that nobody waits for them when the same tile and group are finished.
   __device__ __forceinline__ void load(Tile tile, int group) {
     const GroupOperands& g = params_.groups[group];
-    const int channel = tile.n * kTileChannels + channel_, pixel = tile.m * kTileRows + row_;
-    there_[0] = channel < g.channels && pixel < params_.pixels;
-    there_[1] = channel < g.channels && pixel + 8 < params_.pixels;
-    z_at_ = pixel * 4 * g.branch_channels + g.first_in_branch + channel;
-    c_at_ = pixel * params_.hidden + g.first_hidden + channel;
-    int image = pixel / (params_.height * params_.width), at = pixel % (params_.height * params_.width);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      h_at_[half] =
-          (image * params_.steps * params_.hidden + g.first_hidden + channel) * (params_.height * params_.width) + at;
-      for (at += 8; at >= params_.height * params_.width; at -= params_.height * params_.width) ++image;
-    }
+    const int channel = tile.n * kTileChannels + channel_, hidden_channel = g.first_hidden + channel;
+    there_[0] = channel < g.channels && pixel_ < params_.pixels;
+    there_[1] = channel < g.channels && pixel_ + 8 < params_.pixels;
+    z_at_ = pixel_ * 4 * g.branch_channels + g.first_in_branch + channel;
+    c_at_ = pixel_ * params_.hidden + hidden_channel;
+    h_at_[0] = image_at_[0] + hidden_channel * params_.height * params_.width;
+    h_at_[1] = image_at_[1] + hidden_channel * params_.height * params_.width;
 
     const T* z = z_of(g, tile.step);
     const float* c_prev = tile.step == 0 ? params_.c_0 : c_of(tile.step - 1);
@@ -157,6 +164,7 @@ class GateStep {
 
   const Forward& params_;
   int row_, channel_;
+  int pixel_, image_at_[2];  // of the tile last placed: the first row's pixel, and both rows in channel 0 of h
   // Of the tile and group last loaded: whether the two rows are there, and where the first lies in z and c of a step,
   // and both in the first step of h.
   bool there_[2];
@@ -219,15 +227,20 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
   float first[32], second[32], finished[32];  // finished: the second group of the tile before
   Tile before{};
   bool pending = false;
+  int placed = -1;
 
   for (int step = 0; step < params.steps; ++step) {
     const bool has_products = step > 0 || params.has_h_0;
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile{step, index % params.tiles_m, index / params.tiles_m};
       if (!has_products) sync_threads(3, 128 * kConsumers);  // nothing else keeps one from overtaking the other
+      if (index != placed) {  // many blocks have one tile alone
+        placed = index;
+        gates.place(tile.m);
+        lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,
+                   params.width);
+      }
       if (!pending) gates.load(tile, 0);
-      lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,
-                 params.width);
 #pragma unroll
       for (int i = 0; i < 32; ++i) first[i] = second[i] = 0;
 
@@ -285,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       publish_tiles(params);
     } else if (threadIdx.x == 32 * 3) {
       constexpr uint64_t kLongestTile = 20'000'000;  // nanoseconds, hundreds of times what a tile takes
-      watch(shared.finished, kLongestTile * (100 + uint64_t{params.steps} * (1 + tiles / gridDim.x)));
+      watch(shared.finished, kLongestTile * (100 + static_cast<uint64_t>(params.steps) * (1 + tiles / gridDim.x)));
     }
   } else {
     take_registers<232>();

@@ -34,7 +34,8 @@ py::list units(const ForwardPlan& plan) {
   for (int i = 0; i < count; ++i) {
     const sm90::Unit& unit = program.units[i];
     const auto is = [&](sm90::UnitFlag flag) { return (unit.flags & flag) != 0; };
-    result.append(py::dict("box"_a = unit.box, "tap"_a = py::make_tuple(unit.y - program.radius_y, unit.x - program.radius_x),
+    result.append(py::dict("box"_a = unit.box,
+                           "tap"_a = py::make_tuple(unit.y - program.radius_y, unit.x - program.radius_x),
                            "rows"_a = unit.rows, "enters"_a = is(sm90::kEnterBox), "acquires"_a = is(sm90::kAcquireBox),
                            "releases"_a = is(sm90::kReleaseBox)));
   }
@@ -49,7 +50,8 @@ py::list runs(const ForwardPlan& plan, int consumer) {
     const auto does = [&](sm90::Action action) { return (run.actions & action) != 0; };
     result.append(py::dict("first"_a = run.first, "count"_a = run.count,
                            "columns"_a = run.columns == sm90::Columns::kBoth ? "both" : "second",
-                           "finishes_first"_a = does(sm90::kFinishFirst), "finishes_second"_a = does(sm90::kFinishSecond),
+                           "finishes_first"_a = does(sm90::kFinishFirst),
+                           "finishes_second"_a = does(sm90::kFinishSecond),
                            "finishes_second_early"_a = does(sm90::kFinishSecondEarly)));
   }
   return result;

@@ -93,10 +93,10 @@ CUtensorMap tensor_map(void* data, DType dtype, int64_t rows, int64_t columns, i
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
   const cuuint32_t box[2] = {sm90::kBoxChannels, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  const CUresult result = encode(
-      &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data,
-      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+             data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, op, ": cuTensorMapEncodeTiled failed with error ", static_cast<int>(result));
   return map;
 }
@@ -134,8 +134,9 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   forward.program = plan.program;
   for (int g = 0; g < 2; ++g) {
     const ColumnGroup& group = plan.groups[g];
-    forward.groups[g] = {z[group.branch],       biases[group.branch], static_cast<int>(problem.branches[group.branch].channels),
-                         group.first_in_branch, group.first_hidden,   group.channels};
+    forward.groups[g] = {
+        z[group.branch],       biases[group.branch], static_cast<int>(problem.branches[group.branch].channels),
+        group.first_in_branch, group.first_hidden,   group.channels};
   }
   Tensor packed = scratch(h, plan.packed_bytes());
   Tensor counters = scratch(h, 2 * plan.tiles_m * sizeof(uint32_t));
@@ -165,8 +166,7 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
     const auto* initial = checker.read<const void>(h_0, "h_0", pixels * hidden, half);
     check_cuda(cudaMemcpyAsync(forward.state, initial, pixels * hidden * 2, cudaMemcpyDeviceToDevice, stream), op);
   }
-  const CUtensorMap map =
-      tensor_map(forward.state, checker.dtype(), 2 * pixels, hidden, plan.program.chunk_rows, op);
+  const CUtensorMap map = tensor_map(forward.state, checker.dtype(), 2 * pixels, hidden, plan.program.chunk_rows, op);
   sm90::launch(forward, map, checker.dtype(), plan.blocks, plan.shared_memory, stream);
   check_cuda(cudaGetLastError(), op);
 }
@@ -181,7 +181,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mkconvlstm, m) {
   // bias_r [4 * channels] float32. With keep z_r become the activated gates. h [batch, steps, hidden, height, width];
   // c [keep ? steps : 1, pixels, hidden] float32; h_0 and c_0 [pixels, hidden].
   m.def(
-      "sm90_forward(Tensor(a!) z_0, Tensor(b!)? z_1, Tensor weight_0, Tensor? weight_1, Tensor? bias_0, Tensor? bias_1, "
+      "sm90_forward(Tensor(a!) z_0, Tensor(b!)? z_1, Tensor weight_0, Tensor? weight_1, Tensor? bias_0, Tensor? "
+      "bias_1, "
       "Tensor(c!) h, Tensor(d!) c, Tensor? h_0, Tensor? c_0, bool keep) -> ()");
 }
 

@@ -13,10 +13,10 @@ using namespace sm90;
 namespace {
 
 constexpr int kGroupChannels = kGroupColumns / 4;
-constexpr int kMaxBoxRows = 256;      // of one TMA load
-constexpr int kSwizzleRows = 8;       // rows after which the swizzle of shared memory repeats
+constexpr int kMaxBoxRows = 256;  // of one TMA load
+constexpr int kSwizzleRows = 8;   // rows after which the swizzle of shared memory repeats
 constexpr int kMinStages = 4;
-constexpr int kMaxRadius = 15;        // of a kernel; bits of a word say which neighbours lie inside the image
+constexpr int kMaxRadius = 15;  // of a kernel; bits of a word say which neighbours lie inside the image
 // How many taps the second consumer multiplies before it finishes a group. The first one finishes at once, so that one
 // of them keeps the tensor cores busy while the other computes gates.
 constexpr int kDelayBoth = 4;
@@ -43,8 +43,12 @@ void check(const SequenceProblem& problem) {
 std::array<ColumnGroup, 2> column_groups(const SequenceProblem& problem) {
   const auto group = [&](int branch, int64_t first_hidden) {
     const BranchShape& shape = problem.branches[branch];
-    return ColumnGroup{branch, 0, static_cast<int>(first_hidden), static_cast<int>(shape.channels),
-                       static_cast<int>(shape.kernel_height), static_cast<int>(shape.kernel_width)};
+    return ColumnGroup{branch,
+                       0,
+                       static_cast<int>(first_hidden),
+                       static_cast<int>(shape.channels),
+                       static_cast<int>(shape.kernel_height),
+                       static_cast<int>(shape.kernel_width)};
   };
   std::array<ColumnGroup, 2> groups;
   if (problem.branches.size() == 1) {
@@ -86,7 +90,8 @@ void fill_boxes(const std::array<ColumnGroup, 2>& groups, int64_t hidden, Progra
         return group.first_hidden < channel + kBoxChannels && channel < group.first_hidden + group.channels;
       };
       const int mask = (holds(groups[0]) ? 1 : 0) | (holds(groups[1]) ? 2 : 0);
-      if (mask == wanted) program.boxes[program.box_count++] = {static_cast<int16_t>(channel), static_cast<uint8_t>(mask)};
+      if (mask == wanted)
+        program.boxes[program.box_count++] = {static_cast<int16_t>(channel), static_cast<uint8_t>(mask)};
     }
   }
 }
@@ -180,8 +185,7 @@ void fill_runs(const std::vector<Step>& steps, int consumer, Program& program) {
     int delay = finish == 0 || !may_delay ? 0 : step.columns == Columns::kBoth ? kDelayBoth : kDelaySecond;
     if (delay >= step.taps) delay = 0;
     // The box may hold what the previous tile of some block still has to publish.
-    if (delay > 0)
-      add(step.columns, delay, i == 0 && program.boxes[step.box].groups != 1 ? kFinishSecondEarly : 0);
+    if (delay > 0) add(step.columns, delay, i == 0 && program.boxes[step.box].groups != 1 ? kFinishSecondEarly : 0);
     add(step.columns, step.taps - delay, finish);
   }
   if (last_both + 1 == steps.size()) add(Columns::kSecond, 0, kFinishFirst);
@@ -231,7 +235,8 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
   plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
   plan.tiles_n = ceil_div(std::max(plan.groups[0].channels, plan.groups[1].channels), kGroupChannels);
   plan.blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, int64_t{plan.tiles_m} * plan.tiles_n));
-  plan.shared_memory = program.box_slots * program.box_bytes() + kZeroBytes + program.stages * kStageBytes + kBarrierBytes;
+  plan.shared_memory =
+      program.box_slots * program.box_bytes() + kZeroBytes + program.stages * kStageBytes + kBarrierBytes;
   return plan;
 }
 

@@ -123,8 +123,8 @@ __device__ __forceinline__ void load_fragments(uint32_t (&fragments)[4][4], uint
 
 // Half of a unit's products: 32 channels of its box.
 template <Columns kColumns, int kHalf, typename T>
-__device__ __forceinline__ void multiply_half(float (&first)[32], float (&second)[32], const uint32_t (&fragments)[4][4],
-                                              uint32_t weights) {
+__device__ __forceinline__ void multiply_half(float (&first)[32], float (&second)[32],
+                                              const uint32_t (&fragments)[4][4], uint32_t weights) {
   begin_products();
 #pragma unroll
   for (int k = 2 * kHalf; k < 2 * kHalf + 2; ++k) {
@@ -149,8 +149,8 @@ __device__ __forceinline__ void multiply_run(const Program& program, const Share
   const bool elected = threadIdx.x % 32 == 0;
   uint32_t even[4][4], odd[4][4];
   uint32_t box = 0, box_empty = 0;
-  bool leaves = false;     // the fragments fetched last are the last ones of their box
-  uint32_t previous = 0;   // the stage before, to be given back
+  bool leaves = false;    // the fragments fetched last are the last ones of their box
+  uint32_t previous = 0;  // the stage before, to be given back
 
   // Where the lane fetches its part of a unit: the tile's rows, moved by the tap. Neighbours outside the image come
   // from rows of zeros, those that lie in the same banks.
@@ -181,10 +181,10 @@ __device__ __forceinline__ void multiply_run(const Program& program, const Share
   open_stage();
   int done = 0;
   // kOdd: the second unit of a pair. Returns whether it was the last one.
-  const auto multiply_unit = [&](auto odd_one, const uint32_t(&fragments)[4][4], uint32_t(&next)[4][4]) {
+  const auto multiply_unit = [&](auto odd_one, const uint32_t (&fragments)[4][4], uint32_t (&next)[4][4]) {
     constexpr bool kOdd = decltype(odd_one)::value;
-    const uint32_t weights = weights_descriptor(shared.stages + ring.index * kStageBytes +
-                                                (kTwoTaps && kOdd ? kGroupWeightBytes : 0));
+    const uint32_t weights =
+        weights_descriptor(shared.stages + ring.index * kStageBytes + (kTwoTaps && kOdd ? kGroupWeightBytes : 0));
     multiply_half<kColumns, 0, T>(first, second, fragments, weights);
     if (leaves) arrive_if(elected, box_empty);
     ++done;

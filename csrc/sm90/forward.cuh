@@ -66,8 +66,7 @@ class GateStep {
 #pragma unroll
       for (int gate = 0; gate < 4; ++gate)
         z_[half][gate] = *reinterpret_cast<const uint2*>(z + (z_at_ + (32 * half + gate) * g.branch_channels));
-      if (c_prev != nullptr)
-        c_[half] = *reinterpret_cast<const float4*>(c_prev + (c_at_ + 8 * half * params_.hidden));
+      if (c_prev != nullptr) c_[half] = *reinterpret_cast<const float4*>(c_prev + (c_at_ + 8 * half * params_.hidden));
     }
   }
 
@@ -234,7 +233,7 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile{step, index % params.tiles_m, index / params.tiles_m};
       if (!has_products) sync_threads(3, 128 * kConsumers);  // nothing else keeps one from overtaking the other
-      if (index != placed) {  // many blocks have one tile alone
+      if (index != placed) {                                 // many blocks have one tile alone
         placed = index;
         gates.place(tile.m);
         lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,

@@ -24,15 +24,15 @@ struct GroupOperands {
 struct Forward {
   Program program;
   GroupOperands groups[2];
-  const char* packed;     // [tiles_n, stages_per_tile, kStageBytes]
-  void* state;            // T [2, pixels, hidden]: h_t lies in half (t + 1) % 2; h_0 in the first
-  void* h;                // T [batch, steps, hidden, height, width]
-  float* c;               // [keep ? steps : 1, pixels, hidden]
-  const float* c_0;       // [pixels, hidden]; null: zeros
-  uint32_t* counters;     // [2, tiles_m], zeros: how often a tile's group has been published
+  const char* packed;  // [tiles_n, stages_per_tile, kStageBytes]
+  void* state;         // T [2, pixels, hidden]: h_t lies in half (t + 1) % 2; h_0 in the first
+  void* h;             // T [batch, steps, hidden, height, width]
+  float* c;            // [keep ? steps : 1, pixels, hidden]
+  const float* c_0;    // [pixels, hidden]; null: zeros
+  uint32_t* counters;  // [2, tiles_m], zeros: how often a tile's group has been published
   int pixels, steps, height, width, hidden;
   int tiles_m, tiles_n;
-  bool has_h_0;           // without, the first step has no products
+  bool has_h_0;  // without, the first step has no products
   bool keep;
 };
 

@@ -7,8 +7,8 @@ namespace mkconvlstm::sm90 {
 
 namespace {
 
-constexpr int kRows = 8;       // of a swizzle atom: one gate of 8 channels
-constexpr int kChunk = 16;     // channels of h that a block takes at a time
+constexpr int kRows = 8;    // of a swizzle atom: one gate of 8 channels
+constexpr int kChunk = 16;  // channels of h that a block takes at a time
 constexpr int kThreads = 128;
 
 struct Pack {

@@ -64,12 +64,12 @@ struct Program {
   Box boxes[kMaxBoxes];
   int run_count[kConsumers];
   int box_count;
-  int box_slots;            // boxes that shared memory holds at a time
-  int box_chunks;           // TMA loads that fill a box
-  int chunk_rows;           // of one load
-  int halo;                 // rows before and after a tile's own
-  int radius_y, radius_x;   // of the largest kernel
-  int stages;               // of the weights' ring
+  int box_slots;           // boxes that shared memory holds at a time
+  int box_chunks;          // TMA loads that fill a box
+  int chunk_rows;          // of one load
+  int halo;                // rows before and after a tile's own
+  int radius_y, radius_x;  // of the largest kernel
+  int stages;              // of the weights' ring
   int stages_per_tile;
 
   int box_bytes() const { return box_chunks * chunk_rows * kRowBytes; }

@@ -1,5 +1,5 @@
-// Products on the tensor cores: D [64, 64] float32 in registers += A [64, 16] in registers * B [64, 16] in shared memory.
-// In a warpgroup, lane l of warp w holds of D: row 16 w + l / 4 (+ 8), columns 8 j + 2 (l % 4) and the next, as
+// Products on the tensor cores: D [64, 64] float32 in registers += A [64, 16] in registers * B [64, 16] in shared
+// memory. In a warpgroup, lane l of warp w holds of D: row 16 w + l / 4 (+ 8), columns 8 j + 2 (l % 4) and the next, as
 // d[4 j], d[4 j + 1] (and d[4 j + 2], d[4 j + 3]).
 #pragma once
 
@@ -20,17 +20,16 @@ __device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
   return uint64_t{kSwizzle128 | kAtomBytes >> 4} << 32 | low;
 }
 
-#define MKCONVLSTM_WGMMA(type) \
-  asm volatile( \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, " \
-      "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;" \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), \
-        "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), \
-        "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), \
-        "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), \
-        "+f"(d[30]), "+f"(d[31]) \
+#define MKCONVLSTM_WGMMA(type)                                                                                      \
+  asm volatile(                                                                                                     \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                   \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "                                                             \
+      "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "  \
+      "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;"                                                                      \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+        "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),      \
+        "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),     \
+        "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                   \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 template <typename T>

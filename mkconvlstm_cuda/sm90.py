@@ -34,6 +34,8 @@ def plan_refusal(
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) != (9, 0):
         return "it runs on Hopper GPUs"
+    if not hasattr(torch.ops.mkconvlstm, "sm90_forward"):
+        return "the CUDA library was built without code for sm_90a"
     from mkconvlstm_cuda import _C
 
     limits = {

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import layout
+from . import compiled, layout, library
 from .convolution import (
     TransitionWeights,
     channels_last,
@@ -94,6 +94,13 @@ def gate_step(
     return h, c
 
 
+def steps_on(device: torch.device) -> tuple[Callable, Callable]:
+    """The gate step and its backward: the CPU library's where it is loaded, those in torch operations elsewhere."""
+    if device.type == "cpu" and library.load("cpu") is None:
+        return compiled.gate_step, compiled.gate_step_backward
+    return gate_step, gate_step_backward
+
+
 def forward(
     z: Parts,
     hidden: TransitionWeights,
@@ -102,11 +109,12 @@ def forward(
     peephole: Tensor | None,
     output_peephole: str,
     keep: bool,
-    gate_step: Callable = gate_step,
+    gate_step: Callable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence forward; see :mod:`mkconvlstm_cuda.ops`."""
-    hidden = hidden.channels_last()
+    gate_step = gate_step or steps_on(z[0].device)[0]
     batch, steps = z[0].shape[:2]
+    hidden = hidden.channels_last().prepared((batch, *z[0].shape[3:]), steps)
     h, c = initial_state(h_0, z, z[0].dtype), initial_state(c_0, z, accumulate_dtype(z[0].dtype))
     hs = z[0].new_empty((batch, steps, *h.shape[1:]))
     cs = empty_states(z, steps if keep else 1, c.dtype)
@@ -128,11 +136,12 @@ def recompute_gates(
     c_0: Tensor | None,
     peephole: Tensor | None,
     output_peephole: str,
-    gate_step: Callable = gate_step,
+    gate_step: Callable | None = None,
 ) -> None:
     """Gates of all steps at once, written over ``z``: every h_{t-1} and c_{t-1} is known by now."""
     h_prev, c_prev = previous(h, h_0, h.dtype), previous(c, c_0, accumulate_dtype(h.dtype))
     images = [p.transpose(0, 1).flatten(0, 1) for p in z]
+    gate_step = gate_step or steps_on(h.device)[0]
     gate_step(images, transition_parts(h_prev, hidden.channels_last()), c_prev, peephole, output_peephole)
 
 
@@ -187,14 +196,16 @@ def backward(
     dh: Tensor | None,
     dc_n: Tensor | None,
     lengths: Tensor | None,
-    gate_step_backward: Callable = gate_step_backward,
+    gate_step_backward: Callable | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The recurrence backward; see :mod:`mkconvlstm_cuda.ops`."""
+    gate_step_backward = gate_step_backward or steps_on(gates[0].device)[1]
     hidden = hidden.channels_last()
-    steps = gates[0].shape[1]
+    batch, steps = gates[0].shape[:2]
     acc = accumulate_dtype(gates[0].dtype)
     dc = initial_state(dc_n if lengths is None else None, gates, acc).clone()  # a step may overwrite it
     v = sequence_of(premix(previous(h, h_0, h.dtype), hidden), steps) if hidden.mix_tanh else None
+    hidden = hidden.prepared((batch, *gates[0].shape[3:]), steps, gradient=True)
     dh_prev = None
     for t in reversed(range(steps)):
         if lengths is not None and dc_n is not None:

@@ -17,7 +17,7 @@ half types).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import layout
+from .cpu_convolution import prepare
 from .layout import channel_sums
 
 MOST_OUTPUTS = 512  # of one convolution on a GPU: cuDNN is half as fast on 1024 as on twice 512
@@ -40,6 +41,7 @@ class BranchWeights:
     bottleneck: Tensor | None = None  # [C', C, 1, 1]
     bottleneck_bias: Tensor | None = None  # [C']
     dilation: tuple[int, int] = (1, 1)
+    way: Callable[[Tensor], Tensor] | None = None  # to compute the convolution, or its input's gradient; see `prepared`
 
     @property
     def padding(self) -> list[int]:
@@ -119,6 +121,13 @@ class TransitionWeights:
         same = [layout.channels_last(t) if t is not None and t.dim() == 4 else t for t in self.tensors()]
         return self.from_tensors(same, *self.form)
 
+    def prepared(self, images: tuple[int, int, int], uses: int, gradient: bool = False) -> TransitionWeights:
+        """The same for ``uses`` in a row on ``images`` (N, H, W), or with ``gradient`` for as many gradients.
+
+        What it then computes, torch's autograd does not differentiate.
+        """
+        return replace(self, branches=tuple(prepared(b, images, uses, gradient) for b in self.branches))
+
     def with_bias(self, bias: Tensor | None) -> TransitionWeights:
         """Add ``bias`` [4F], or None, to the transition's output, at the last convolution, in its dtype."""
         if bias is None:
@@ -196,10 +205,18 @@ def deinterleave(z: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
         yield narrowed(wide.flatten(-2).contiguous(), part.dtype).movedim(-1, -3)
 
 
+def prepared(b: BranchWeights, images: tuple[int, int, int], uses: int, gradient: bool = False) -> BranchWeights:
+    """``b`` with the fastest way known to compute its convolution, or with ``gradient`` its input's gradient."""
+    way = prepare(b.weight, None if gradient else b.bias, b.padding, b.dilation, images, uses, gradient)
+    return replace(b, way=way)
+
+
 def branch_forward(x: Tensor, b: BranchWeights) -> Tensor:
     """``[N, C, H, W] -> [N, 4*F_r, H, W]``."""
     if b.bottleneck is not None:
         x = F.conv2d(x, b.bottleneck, b.bottleneck_bias)
+    if b.way is not None:
+        return b.way(x)
     parts = range(0, b.weight.shape[0], MOST_OUTPUTS) if x.is_cuda else [0]
     if len(parts) == 1:
         return F.conv2d(x, b.weight, b.bias, padding=b.padding, dilation=b.dilation)
@@ -317,7 +334,10 @@ def input_gradient(dparts: list[Tensor], w: TransitionWeights, v: Tensor | None 
     """
     total, dys = None, mix_gradient(dparts, w, v)
     for b in w.branches:
-        da, _, _ = convolution_gradients(next(dys), None, b.weight, b.padding, b.dilation, (True, False, False))
+        if b.way is not None:
+            da = b.way(next(dys))
+        else:
+            da, _, _ = convolution_gradients(next(dys), None, b.weight, b.padding, b.dilation, (True, False, False))
         if b.bottleneck is not None:
             da, _, _ = convolution_gradients(da, None, b.bottleneck, [0, 0], [1, 1], (True, False, False))
         total = da if total is None else total.add_(da)

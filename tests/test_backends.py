@@ -9,7 +9,7 @@ from mkconvlstm_cuda.bench.contestants import Contestant
 from mkconvlstm_cuda.bench.measure import kept_bytes
 from problems import LIVE, PROBLEMS, Problem, assert_close, backends_here
 
-from mkconvlstm_cuda import MKConvLSTM, aten, backward, dispatch
+from mkconvlstm_cuda import MKConvLSTM, aten, backward, compiled, dispatch, library
 from mkconvlstm_cuda.check import ROUNDING
 
 WEIGHTS_ONLY = [name for name in PROBLEMS if name not in LIVE]
@@ -21,6 +21,18 @@ TOLERANCES = {torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 def test_float64_agrees_to_1e10(name, backend):
     problem = PROBLEMS[name]
     assert_close(problem.run(backend), problem.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("name", WEIGHTS_ONLY)
+def test_aten_computes_the_same_without_the_cpu_library(name, monkeypatch):
+    monkeypatch.setattr(library, "load", lambda kind: f"no {kind} library today")
+    assert aten.steps_on(torch.device("cpu")) == (aten.gate_step, aten.gate_step_backward)
+    problem = PROBLEMS[name]
+    assert_close(problem.run("aten"), problem.run("reference"), 1e-10)
+
+
+def test_aten_takes_the_cpu_library():
+    assert aten.steps_on(torch.device("cpu")) == (compiled.gate_step, compiled.gate_step_backward)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

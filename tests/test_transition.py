@@ -6,6 +6,18 @@ from torch.nn import functional as F
 
 from mkconvlstm_cuda import Branch, MKConvLSTM, MKConvLSTMCell, Transition, inception_branches
 from mkconvlstm_cuda.convolution import BranchWeights, branch_forward, channels_last, deinterleave, interleave
+from mkconvlstm_cuda import Branch, MKConvLSTM, Transition, inception_branches
+from mkconvlstm_cuda.convolution import (
+    BranchWeights,
+    TransitionWeights,
+    branch_forward,
+    channels_last,
+    deinterleave,
+    input_gradient,
+    interleave,
+    transition_parts,
+)
+from mkconvlstm_cuda.cpu_convolution import PackedConvolution, runs_in_onednn
 from mkconvlstm_cuda.transition import parse_branches
 
 # The paper's Table III, 512 input channels: input-to-hidden weights and biases.
@@ -165,3 +177,34 @@ def test_many_outputs_are_convolved_in_parts():
     w = BranchWeights(torch.randn(1032, 16, 3, 3, device="cuda"), torch.randn(1032, device="cuda"))
     x = channels_last(torch.randn(2, 16, 8, 8, device="cuda"))
     torch.testing.assert_close(branch_forward(x, w), F.conv2d(x, w.weight, w.bias, padding=1), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_prepared_weights_change_nothing(dtype):
+    """With weights laid out once for the CPU's convolutions: the same outputs and gradients, to the last bit or so."""
+    torch.manual_seed(0)
+    branches = (
+        BranchWeights(torch.randn(8, 5, 3, 3, dtype=dtype), torch.randn(8, dtype=dtype)),
+        BranchWeights(
+            torch.randn(12, 4, 5, 3, dtype=dtype), None, torch.randn(4, 5, 1, 1, dtype=dtype), dilation=(2, 1)
+        ),
+    )
+    w = TransitionWeights(branches).channels_last()
+    x = channels_last(torch.randn(2, 5, 7, 6, dtype=dtype))
+    dz = [channels_last(torch.randn(2, n, 7, 6, dtype=dtype)) for n in (8, 12)]
+    forward, gradient = w.prepared((2, 7, 6), 9), w.prepared((2, 7, 6), 9, gradient=True)
+    if runs_in_onednn(branches[0].weight):
+        assert all(isinstance(b.way, PackedConvolution) for b in (*forward.branches, *gradient.branches))
+    tolerance = 4 * torch.finfo(dtype).eps
+    for packed, plain in zip(transition_parts(x, forward), transition_parts(x, w), strict=True):
+        torch.testing.assert_close(packed, plain, rtol=tolerance, atol=tolerance)
+    packed, plain = (input_gradient(list(dz), weights) for weights in (gradient, w))
+    torch.testing.assert_close(packed, plain, rtol=tolerance, atol=50 * tolerance)
+
+
+@pytest.mark.parametrize(
+    ("uses", "batch", "dtype"), [(2, 1, torch.float32), (9, 0, torch.float32), (9, 1, torch.float64)]
+)
+def test_weights_stay_as_they_are_where_nothing_else_pays(uses, batch, dtype):
+    w = TransitionWeights((BranchWeights(torch.randn(8, 5, 3, 3, dtype=dtype)),))
+    assert w.prepared((batch, 7, 6), uses).branches[0].way is None

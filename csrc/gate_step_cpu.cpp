@@ -9,13 +9,7 @@
 #include <type_traits>
 
 #include "vector_math.h"
-
-// The loader picks the version that the machine can run.
-#if defined(__x86_64__) && defined(__ELF__)
-#define MKCONVLSTM_VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MKCONVLSTM_VERSIONS
-#endif
+#include "versions.h"
 
 namespace mkconvlstm {
 

@@ -7,18 +7,17 @@
 
 namespace mkconvlstm {
 
-namespace {
-
-using torch::headeronly::DeviceType;
-using torch::headeronly::ScalarType;
-using Shape = std::vector<int64_t>;
-
 std::string shape_string(const int64_t* sizes, size_t count) {
   std::ostringstream text;
   for (size_t i = 0; i < count; ++i) text << (i == 0 ? "[" : ", ") << sizes[i];
   text << "]";
   return text.str();
 }
+
+namespace {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
 
 const char* type_name(ScalarType type) {
   switch (type) {

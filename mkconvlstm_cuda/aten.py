@@ -142,7 +142,8 @@ def recompute_gates(
     h_prev, c_prev = previous(h, h_0, h.dtype), previous(c, c_0, accumulate_dtype(h.dtype))
     images = [p.transpose(0, 1).flatten(0, 1) for p in z]
     gate_step = gate_step or steps_on(h.device)[0]
-    gate_step(images, transition_parts(h_prev, hidden.channels_last()), c_prev, peephole, output_peephole)
+    hidden = hidden.channels_last().prepared((h_prev.shape[0], *h_prev.shape[2:]), 1)
+    gate_step(images, transition_parts(h_prev, hidden), c_prev, peephole, output_peephole)
 
 
 def gate_step_backward(

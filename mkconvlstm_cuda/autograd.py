@@ -88,7 +88,9 @@ def preactivations(
         z = z if bias is None else z + bias.to(dtype)[:, None, None]
         parts, sizes = [channels_last(z)], [z.shape[1] // 4]
     else:
-        parts, sizes = transition_parts(time_major(x, dtype), w_x.with_bias(bias).channels_last()), w_x.parts
+        images = time_major(x, dtype)
+        w_x = w_x.with_bias(bias).channels_last().prepared((images.shape[0], *images.shape[2:]), 1)
+        parts, sizes = transition_parts(images, w_x), w_x.parts
     return [sequence_of(p, x.shape[1]) for p in repart(parts, sizes, w_h.parts)]
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from . import layout
-from .cpu_convolution import prepare
+from . import fourier, layout
+from .cpu_convolution import prepare, tile_size
 from .layout import channel_sums
 
 MOST_OUTPUTS = 512  # of one convolution on a GPU: cuDNN is half as fast on 1024 as on twice 512
@@ -289,12 +289,18 @@ def convolution_gradients(
     """
     needs_x, needs_weight, needs_bias = needs
     dx, dw, db = None, None, channel_sums(dy).to(dy.dtype) if needs_bias else None
+    images = (dy.shape[0], *dy.shape[2:])
+    if needs_x and (way := prepare(weight, None, padding, dilation, images, 1, gradient=True)):
+        dx, needs_x = way(dy), False
+    if needs_weight and (m := tile_size(weight, dilation, images)):
+        dw, needs_weight = fourier.weight_gradient(x, dy, weight.shape[2], m), False
     if needs_x or needs_weight:
         x = stand_in(dy, weight.shape[1]) if x is None else x
         mask = [needs_x, needs_weight, False]
-        dx, dw, _ = torch.ops.aten.convolution_backward(
+        by_torch = torch.ops.aten.convolution_backward(
             dy, x, weight, None, [1, 1], padding, dilation, False, [0, 0], 1, mask
         )
+        dx, dw = by_torch[0] if needs_x else dx, by_torch[1] if needs_weight else dw
     return dx, dw, db
 
 

@@ -1,4 +1,4 @@
-"""What CPUs have beyond torch's own convolutions: weights laid out once for many uses.
+"""What CPUs have beyond torch's own convolutions: weights laid out once for many uses, and the Fourier transform.
 
 Nothing here is differentiated by torch's autograd.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from . import fourier, library
 
 LEAST_PACKED_USES = 3  # to pack a weight takes as long as what that saves one or two convolutions
 
@@ -42,6 +44,8 @@ def prepare(
 
     With ``gradient`` its input's gradient from [N, O, H, W] in its place. None where torch's own is as fast.
     """
+    if (m := tile_size(weight, dilation, images, uses)) is not None:
+        return fourier.FourierConvolution(weight, bias, m, keep=uses > 1, gradient=gradient)
     if uses < LEAST_PACKED_USES or 0 in images or not runs_in_onednn(weight):
         return None
     if gradient:  # the convolution with the mirrored weight, channels exchanged
@@ -49,6 +53,16 @@ def prepare(
     shape = [images[0], weight.shape[1], *images[1:]]
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, [1, 1], list(dilation), 1, shape)
     return PackedConvolution(packed, bias, padding, list(dilation))
+
+
+def tile_size(weight: Tensor, dilation: Sequence[int], images: tuple[int, int, int], uses: int = 1) -> int | None:
+    """Outputs along a tile's side where the Fourier transform is faster for ``weight`` [O, C, kh, kw], else None."""
+    outputs, channels, height, width = weight.shape
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or height != width or tuple(dilation) != (1, 1):
+        return None
+    if torch.compiler.is_compiling() or library.load("cpu") is not None:
+        return None
+    return fourier.plan(fourier.Problem(images, channels, outputs, height, uses))
 
 
 def runs_in_onednn(weight: Tensor) -> bool:

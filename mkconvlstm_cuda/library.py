@@ -24,6 +24,12 @@ _operations.define(
     "gate_step_backward(Tensor(a!)[] gates, Tensor? dh, Tensor? dh_prev, Tensor(b!) dc, Tensor c_prev, Tensor c, "
     "Tensor? peephole, bool current_output_peephole) -> ()"
 )
+# CPUs alone, float32; see `fourier`. images [N, C, H, W], channels-last, in tiles `step` pixels apart; spectrum
+# [frequencies, 2, tiles, C], real and imaginary part; products [frequencies, 2, 2, tiles, C]: the parts of two spectra.
+_operations.define(
+    "fourier_analyze(Tensor images, int step, int before, int extent, int side, Tensor(a!) spectrum) -> ()"
+)
+_operations.define("fourier_synthesize(Tensor products, Tensor? bias, int step, int side, Tensor(a!) images) -> ()")
 
 
 def load(device_type: str) -> str | None:

@@ -5,8 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from mkconvlstm_cuda import Branch, MKConvLSTM, MKConvLSTMCell, Transition, inception_branches
-from mkconvlstm_cuda.convolution import BranchWeights, branch_forward, channels_last, deinterleave, interleave
-from mkconvlstm_cuda import Branch, MKConvLSTM, Transition, inception_branches
 from mkconvlstm_cuda.convolution import (
     BranchWeights,
     TransitionWeights,

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "gate_step_cuda.h"
+#include "vector.cuh"
 
 namespace mkconvlstm {
 
@@ -12,12 +13,6 @@ namespace {
 
 template <typename Scalar>
 using accumulate_t = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
-
-// kWidth neighbours, accessed 16 bytes at a time where they fill as much.
-template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Vector {
-  T values[kWidth];
-};
 
 struct Position {
   int64_t image;

@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "gate_step.h"
@@ -20,8 +19,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TensorList = std::vector<Tensor>;
 using Shape = std::vector<int64_t>;
-
-std::string shape_string(const int64_t* sizes, size_t count);  // for messages: [2, 3]
 
 // One step for each hidden branch ("part"), on channels of h and c that no other part touches.
 template <typename Step>

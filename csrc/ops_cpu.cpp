@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "describe.h"
 #include "fourier_cpu.h"
 #include "gate_step_cpu.h"
 #include "operands.h"

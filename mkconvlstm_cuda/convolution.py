@@ -181,6 +181,15 @@ def join_gates(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.view(4, -1) for part in parts], dim=1).flatten()
 
 
+def whole_bias(w: TransitionWeights, bias: Tensor | None) -> Tensor | None:
+    """``bias`` [4F] or None, plus the branches' own, where folded norms have left them some: float32 or wider then."""
+    if w.has_bias:
+        own = [b.weight.new_zeros(b.weight.shape[0]) if b.bias is None else b.bias for b in w.branches]
+        own = join_gates(own).to(torch.promote_types(own[0].dtype, torch.float32))
+        return own if bias is None else own + bias
+    return None if bias is None else bias.contiguous()
+
+
 def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t`` seen as ``dtype`` again; on torch 2.11 even a view of the same dtype has no gradient."""
     return t if t.dtype == dtype else t.view(dtype)
@@ -209,6 +218,11 @@ def prepared(b: BranchWeights, images: tuple[int, int, int], uses: int, gradient
     """``b`` with the fastest way known to compute its convolution, or with ``gradient`` its input's gradient."""
     way = prepare(b.weight, None if gradient else b.bias, b.padding, b.dilation, images, uses, gradient)
     return replace(b, way=way)
+
+
+def tensor_cores_allowed(dtype: torch.dtype) -> bool:
+    """Whether torch's own convolution would use tensor cores: float32 as TF32 where its switches allow it."""
+    return dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def branch_forward(x: Tensor, b: BranchWeights) -> Tensor:

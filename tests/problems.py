@@ -151,3 +151,15 @@ def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: f
         exact = wanted[name].detach().double()
         error = float((t.detach().double() - exact).norm() / exact.norm().clamp(min=1e-30))
         assert error <= tolerance, f"{name}: relative error {error:.2e}, at most {tolerance:.0e}"
+
+
+def worst(results: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The largest relative error (Frobenius norm) of a tensor."""
+    return max(float((r.double() - exact[n]).norm() / exact[n].norm().clamp(min=1e-30)) for n, r in results.items())
+
+
+def assert_as_close(problem: Problem, backend: str, dtype: torch.dtype, device="cpu", floor: float = 1e-6) -> None:
+    """At most twice as far from float64 as ``aten``, torch's own arithmetic, in the same dtype."""
+    exact = problem.run("reference", device=device)
+    torchs, ours = (problem.run(name, dtype, device) for name in ("aten", backend))
+    assert worst(ours, exact) <= max(2 * worst(torchs, exact), floor)

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..aten import Parts, empty_states
-from ..convolution import TransitionWeights, channels_last, join_gates
+from ..convolution import TransitionWeights, channels_last, tensor_cores_allowed, whole_bias
 from . import plan
 from .backward import backward_kernel
 from .forward import forward_kernel
@@ -144,11 +144,6 @@ def make_pass(problem: plan.Problem, backward: bool, device: torch.device) -> Pa
     return Pass(problem, backward, config, blocks, *tables, finish_n, s.slots)
 
 
-def tensor_cores_allowed(dtype: torch.dtype) -> bool:
-    """Whether torch's own convolution would use tensor cores: float32 as TF32 where its switches allow it."""
-    return dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
 def problem_of(parts: Parts, hidden: TransitionWeights) -> plan.Problem:
     z = parts[0]
     kernels = tuple(
@@ -192,15 +187,6 @@ def in_order(states: Tensor) -> Tensor:
 def peephole_kind(peephole: Tensor | None) -> int:
     """0: none, 1: one weight a channel, 2: one a channel and pixel."""
     return 0 if peephole is None else 1 if peephole.shape[2:] == (1, 1) else 2
-
-
-def whole_bias(hidden: TransitionWeights, bias: Tensor | None) -> Tensor | None:
-    """``bias`` [4F] and the hidden transition's own, where folded norms have left it one."""
-    if hidden.has_bias:
-        own = [b.weight.new_zeros(b.weight.shape[0]) if b.bias is None else b.bias for b in hidden.branches]
-        own = join_gates(own).float()
-        return own if bias is None else own + bias
-    return None if bias is None else bias.contiguous()
 
 
 def forward(

@@ -82,6 +82,11 @@ py::dict build_info() {
 }  // namespace
 
 void bind_sequence_plan(py::module_& m);
+namespace simt {
+
+void bind_plan(py::module_& m);
+
+}  // namespace simt
 
 }  // namespace mkconvlstm
 
@@ -108,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
         "max_threads_per_multiprocessor"_a = 2048);
 
   mkconvlstm::bind_sequence_plan(m);
+  mkconvlstm::simt::bind_plan(m);
 
   m.def("build_info", &mkconvlstm::build_info,
         "Compilers, CUDA architectures and torch of this build; cuda_missing says why there is no CUDA library.");

@@ -1,10 +1,13 @@
-"""The ``cuda`` backend: the fused recurrence where there are kernels for it, else ``aten``'s loop with fused gates."""
+"""The ``cuda`` backend: the fused recurrence where a family of kernels has it, else ``aten``'s loop with fused gates.
+
+``sm90``: half types on Hopper, forward. ``simt``: float64, and float32 where torch's switches demand full precision.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import aten, compiled, library, sm90, triton_backend
+from . import aten, compiled, library, simt, sm90, triton_backend
 from .convolution import TransitionWeights, split_gates
 
 
@@ -35,6 +38,8 @@ def forward(
     """See :func:`aten.forward`; ``bias`` [4F] is added to z."""
     if sm90.refusal(z, hidden, peephole) is None:
         return sm90.forward(z, hidden.with_bias(bias), h_0, c_0, keep)
+    if simt.refusal(z, hidden) is None:
+        return simt.forward(z, hidden, h_0, c_0, peephole, output_peephole, keep, bias)
     if bias is not None:
         for part, b in zip(z, split_gates(bias.to(z[0].dtype), hidden.parts), strict=True):
             part += b[:, None, None]
@@ -43,7 +48,9 @@ def forward(
 
 def backward(gates: list[Tensor], h: Tensor, c: Tensor, hidden: TransitionWeights, h_0, c_0, peephole, *args):
     """See :func:`aten.backward`. What Hopper's kernels ran forward, Triton's run backward where there is Triton."""
+    args = (h_0, c_0, peephole, *args)
     if sm90.refusal(gates, hidden, peephole) is None and triton_backend.available() is None:
-        return triton_backend.backward(gates, h, c, hidden, h_0, c_0, peephole, *args)
-    step = compiled.gate_step_backward
-    return aten.backward(gates, h, c, hidden, h_0, c_0, peephole, *args, gate_step_backward=step)
+        return triton_backend.backward(gates, h, c, hidden, *args)
+    if simt.refusal(gates, hidden) is None:
+        return simt.backward(gates, h, c, hidden, *args)
+    return aten.backward(gates, h, c, hidden, *args, gate_step_backward=compiled.gate_step_backward)

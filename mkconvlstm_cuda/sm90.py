@@ -15,33 +15,42 @@ def refusal(z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | N
     """None where the kernels compute this recurrence, else why not."""
     part = z[0]
     if part.dtype not in (torch.float16, torch.bfloat16):
-        return "it has float16 and bfloat16 alone"
-    if peephole is not None or hidden.mix is not None:
-        return "it has no peepholes and no 1x1 mix"
-    if any(b.bottleneck is not None or tuple(b.dilation) != (1, 1) for b in hidden.branches):
-        return "it has no bottlenecks and no dilation"
-    if part.numel() == 0:
-        return "there is nothing to compute"
+        return f"it computes in float16 and bfloat16, and the input is {part.dtype}"
+    if peephole is not None:
+        return "it has no peepholes"
+    if hidden.mix is not None or any(b.bottleneck is not None for b in hidden.branches):
+        return "its hidden transition has a 1x1 mix or bottlenecks"
+    if any(tuple(b.dilation) != (1, 1) for b in hidden.branches):
+        return "its hidden transition is dilated"
     branches = tuple((*b.weight.shape[2:], b.weight.shape[0] // 4) for b in hidden.branches)
-    return plan_refusal(part.shape[0], *part.shape[3:], branches, part.device)
+    limits = device_limits(part.device)
+    return limits if isinstance(limits, str) else plan_refusal(part.shape[0], *part.shape[3:], branches, *limits)
 
 
-@functools.lru_cache(maxsize=1024)
-def plan_refusal(
-    batch: int, height: int, width: int, branches: tuple[tuple[int, int, int], ...], device: torch.device
-) -> str | None:
-    """The same as far as sizes decide it; ``branches``: kernel height, kernel width, hidden channels of each."""
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, int] | str:
+    """Multiprocessors, and bytes of shared memory that a block may have; or why the kernels do not run there."""
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) != (9, 0):
         return "it runs on Hopper GPUs"
     if not hasattr(torch.ops.mkconvlstm, "sm90_forward"):
         return "the CUDA library was built without code for sm_90a"
-    from mkconvlstm_cuda import _C
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
-    limits = {
-        "multiprocessors": properties.multi_processor_count,
-        "shared_memory": properties.shared_memory_per_block_optin,
-    }
+
+@functools.lru_cache(maxsize=1024)
+def plan_refusal(
+    batch: int,
+    height: int,
+    width: int,
+    branches: tuple[tuple[int, int, int], ...],
+    multiprocessors: int,
+    shared_memory: int,
+) -> str | None:
+    """The same as far as sizes decide it; ``branches``: kernel height, kernel width, hidden channels of each."""
+    from . import _C
+
+    limits = {"multiprocessors": multiprocessors, "shared_memory": shared_memory}
     try:
         _C.plan_forward(batch=batch, height=height, width=width, branches=list(branches), **limits)
     except ValueError as error:

@@ -149,7 +149,8 @@ def test_refusals_say_why(change, reason):
         ({"kernel": 2}, "odd"),
     ],
 )
-def test_refusal_of_operands(change, reason):
+def test_refusal_of_operands(change, reason, monkeypatch):
+    monkeypatch.setattr(sm90, "device_limits", lambda _: (132, 232448))
     options = {"dtype": torch.bfloat16, "peephole": False, "mix": False, "dilation": (1, 1), "kernel": 3} | change
     kernel, dtype = options["kernel"], options["dtype"]
     branch = BranchWeights(torch.zeros((32, 8, kernel, kernel), dtype=dtype), dilation=options["dilation"])

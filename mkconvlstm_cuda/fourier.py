@@ -22,7 +22,6 @@ KEPT_BYTES = 32 << 20  # of a spectrum that is kept; a larger one is read from m
 # What things cost, in multiplications and additions of a direct convolution; fitted on two cores with AVX-512. A number
 # of a spectrum costs its transform and, more, memory that has not been touched before.
 FLOPS_PER_PRODUCT, FLOPS_PER_NUMBER, FLOPS_PER_READ, FLOPS_PER_CALL = 1.3, 300, 40, 20_000_000
-WORTHWHILE = 0.85  # of the direct convolution's flops
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def frequencies(side: int) -> int:
 
 @functools.lru_cache
 def plan(problem: Problem) -> int | None:
-    """Outputs m along the side of a tile, or None where the direct convolution is about as cheap."""
+    """Outputs m along the side of a tile, or None where the direct convolution is cheaper."""
     if 0 in problem.images:
         return None
     fits = range(2, min(max(problem.images[1:]), MOST_SIDE + 1 - problem.kernel) + 1)
@@ -66,7 +65,7 @@ def plan(problem: Problem) -> int | None:
         weights = problem.channels * problem.outputs
         fits = [m for m in fits if 8 * frequencies(m + problem.kernel - 1) * weights <= KEPT_BYTES]
     best = min(fits, key=problem.flops, default=None)
-    return best if best and problem.flops(best) < WORTHWHILE * problem.direct_flops else None
+    return best if best and problem.flops(best) < problem.direct_flops else None
 
 
 def count_tiles(images: Tensor, m: int) -> int:
@@ -79,7 +78,8 @@ def analyze(images: Tensor, m: int, before: int, extent: int, side: int, spectru
     Tiles of ``side`` are ``m`` pixels apart and begin ``before`` pixels up and left; all but the first ``extent``
     pixels of each, along both axes, are taken for zero.
     """
-    images = images.contiguous(memory_format=torch.channels_last)
+    if images.stride(1) != 1:
+        images = images.contiguous(memory_format=torch.channels_last)
     torch.ops.mkconvlstm.fourier_analyze(images, m, before, extent, side, spectrum)
 
 
@@ -98,9 +98,11 @@ class FourierConvolution:
     def __init__(self, weight: Tensor, bias: Tensor | None, m: int, keep: bool, gradient: bool = False):
         self.kernel, self.m, self.bias = weight.shape[2], m, None if bias is None else bias.contiguous()
         self.side = m + self.kernel - 1
-        taps = weight.permute(2, 3, 1, 0)  # [K, K, inputs, outputs]
-        self.taps = taps.flip(0, 1).transpose(2, 3) if gradient else taps
-        self.inputs, self.outputs = self.taps.shape[2:]
+        if gradient:  # the mirrored weight, channels-last
+            self.taps = weight.permute(0, 2, 3, 1).contiguous().flip(1, 2).permute(0, 3, 1, 2)
+        else:
+            self.taps = weight.transpose(0, 1)
+        self.inputs, self.outputs = self.taps.shape[:2]
         self.most, self.slices = chunks(self.outputs, self.inputs, self.side)
         self.kept = None
         if keep:
@@ -112,7 +114,7 @@ class FourierConvolution:
 
     def spectrum(self, part: slice, buffer: Tensor) -> Tensor:
         """[frequencies, inputs, 2 * outputs], real and imaginary part, for the outputs in ``part``, in ``buffer``."""
-        taps = self.taps[..., part].permute(2, 3, 0, 1)  # inputs as images, outputs as their channels
+        taps = self.taps[:, part]
         shape = (frequencies(self.side), self.inputs, 2, taps.shape[1])
         spectrum = buffer[: math.prod(shape)].view(shape)
         analyze(taps, self.kernel, 0, self.kernel, self.side, spectrum.transpose(1, 2))

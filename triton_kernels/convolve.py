@@ -1,10 +1,10 @@
-"""The convolution of all kernel sizes as one matrix product, in pieces that a plan lists (see ``plan.py``)."""
+"""The convolution of all kernel sizes as one matrix product, in pieces that a schedule lists (see ``schedule.py``)."""
 
 import triton
 import triton.language as tl
 
-SEGMENT = tl.constexpr(17)  # integers a segment: see plan.Segment.row
-FINISH = tl.constexpr(9)  # integers a row of what is to be finished: plan.Finish's fields
+SEGMENT = tl.constexpr(17)  # integers a segment: see schedule.Segment.row
+FINISH = tl.constexpr(9)  # integers a row of what is to be finished: schedule.Finish's fields
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..aten import Parts, empty_states
 from ..convolution import TransitionWeights, channels_last, tensor_cores_allowed, whole_bias
 from . import plan
+from . import schedule as schedules
 from .backward import backward_kernel
 from .forward import forward_kernel
 from .pack import pack_kernel
@@ -134,8 +135,8 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 def make_pass(problem: plan.Problem, backward: bool, device: torch.device) -> Pass:
     sms, shared_memory = device_limits(device)
     config = plan.choose(problem, backward, sms, shared_memory)
-    tiles = (plan.backward_tiles if backward else plan.forward_tiles)(problem, config)
-    s = plan.schedule(problem, config, tiles, sms * config.programs_per_sm)
+    tiles = (schedules.backward_tiles if backward else schedules.forward_tiles)(problem, config)
+    s = schedules.schedule(problem, config, tiles, sms * config.programs_per_sm)
     numbers = ([segment.row() for segment in s.segments], s.programs, [f.row() for f in s.finishes])
     tables = [torch.tensor(n, dtype=torch.int32).to(device) for n in numbers]
     widest = plan.power_of_two(max(f.channel_end - f.channel_first for f in s.finishes), 1, config.block_n)

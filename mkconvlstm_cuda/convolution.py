@@ -181,13 +181,21 @@ def join_gates(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.view(4, -1) for part in parts], dim=1).flatten()
 
 
+def branch_bias(w: TransitionWeights) -> Tensor | None:
+    """The branches' own biases, interleaved as [4F], float32 or wider, where folded norms have left them some."""
+    if all(b.bias is None for b in w.branches):
+        return None
+    own = [b.weight.new_zeros(b.weight.shape[0]) if b.bias is None else b.bias for b in w.branches]
+    return join_gates(own).to(torch.promote_types(own[0].dtype, torch.float32))
+
+
 def whole_bias(w: TransitionWeights, bias: Tensor | None) -> Tensor | None:
-    """``bias`` [4F] or None, plus the branches' own, where folded norms have left them some: float32 or wider then."""
-    if w.has_bias:
-        own = [b.weight.new_zeros(b.weight.shape[0]) if b.bias is None else b.bias for b in w.branches]
-        own = join_gates(own).to(torch.promote_types(own[0].dtype, torch.float32))
-        return own if bias is None else own + bias
-    return None if bias is None else bias.contiguous()
+    """``bias`` [4F] or None, plus what else is added to the transition's last convolutions: float32 or wider then."""
+    own = branch_bias(w) if w.mix is None else w.mix_bias
+    if own is not None and bias is not None:
+        return own.to(torch.promote_types(own.dtype, torch.float32)) + bias
+    only = own if bias is None else bias
+    return None if only is None else only.contiguous()
 
 
 def narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:

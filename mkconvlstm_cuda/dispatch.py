@@ -22,7 +22,6 @@ class Problem:
     width: int
     hidden_sizes: tuple[int, ...] = ()  # F_r of each branch of the hidden transition
     bottlenecks: bool = False
-    mix: bool = False  # a 1x1 mix, after a tanh or not
     live_parts: str | None = None  # parts of the hidden transition that no weight stands for, such as "batch norm"
 
 

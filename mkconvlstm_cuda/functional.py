@@ -185,7 +185,6 @@ def choose(
         known = {
             "hidden_sizes": tuple(hidden.sizes),
             "bottlenecks": any(b.bottleneck is not None for b in hidden.branches),
-            "mix": hidden.mix is not None,
         }
     problem = dispatch.Problem(x.device, dtype, batch, height, width, live_parts=live_parts, **known)
     return dispatch.choose(problem, backend)

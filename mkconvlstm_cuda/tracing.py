@@ -56,9 +56,7 @@ def options_of(x, w_x, w_h, dtype, output_peephole, recompute, backend) -> Seque
     """The options of a call, its backend chosen for ``x`` [B, T, C, H, W]; raises as :func:`dispatch.choose`."""
     batch, _, _, height, width = x.shape
     bottlenecks = any(b.bottleneck is not None for b in w_h.branches)
-    problem = dispatch.Problem(
-        x.device, dtype, batch, height, width, tuple(w_h.sizes), bottlenecks, w_h.mix is not None
-    )
+    problem = dispatch.Problem(x.device, dtype, batch, height, width, tuple(w_h.sizes), bottlenecks)
     chosen = dispatch.choose(problem, backend).name
     input_form = None if w_x is None else w_x.form
     return SequenceOptions(chosen, dtype, input_form, w_h.form, output_peephole, recompute, None)

@@ -39,8 +39,6 @@ def supports(problem) -> str | None:
         return f"its hidden transition has {problem.live_parts}, which only 'reference' computes"
     if problem.bottlenecks:
         return "its hidden transition has 1x1 bottlenecks"
-    if problem.mix:
-        return "its hidden transition has a 1x1 mix"
     pixels = problem.height * problem.width
     if max(problem.batch * pixels, 4 * sum(problem.hidden_sizes) * pixels) >= 2**31:
         return "an image, or all pixels of a step, would need more than 31 bits to count"

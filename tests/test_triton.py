@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import PROBLEMS, Problem, assert_close
+from problems import PROBLEMS, Problem, assert_as_close, assert_close
 from triton_problems import (
     INTERPRETED,
     PROBLEMS_HERE,
     REFUSED,
     SERVED,
-    assert_as_close,
+    check_biases_around_a_mix,
     compiled,
     interpreted,
     launch,
@@ -90,9 +90,10 @@ def test_kernels_in_the_interpreter():
     assert " passed" in done.stdout
 
 
-def set_tiles(monkeypatch, config) -> None:
+def set_tiles(monkeypatch, config, multiprocessors=3) -> None:
     monkeypatch.setattr(plan, "choose", lambda *_: config)
     monkeypatch.setattr(launch, "make_pass", launch.make_pass.__wrapped__)  # the like may have been made with others
+    monkeypatch.setattr(launch, "device_limits", lambda _: (multiprocessors, 1 << 17))
 
 
 @interpreted
@@ -103,7 +104,8 @@ def set_tiles(monkeypatch, config) -> None:
         for name in SERVED
         if not any(word in name for word in ("two layers", "bidirectional", "mask"))
     ]
-    + [(name, "whole tiles") for name in ("two kernel sizes", "no state", "peephole pixel, current", "dilation")],
+    + [(name, "whole tiles") for name in ("two kernel sizes", "no state", "peephole pixel, current", "dilation")]
+    + [(name, "whole tiles") for name in ("mix gate, tanh", "mix full")],
 )
 def test_interpreted_float32_agrees_with_float64(name, tiles, monkeypatch):
     set_tiles(monkeypatch, SMALL_TILES[tiles])
@@ -112,7 +114,26 @@ def test_interpreted_float32_agrees_with_float64(name, tiles, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["two kernel sizes", "peephole pixel, current", "lengths"])
+@pytest.mark.parametrize("tiles", SMALL_TILES)
+@pytest.mark.parametrize("mix", ["gate", "full"])
+def test_interpreted_mix_of_several_tiles(mix, tiles, monkeypatch):
+    """19 channels are two tiles of a gate, with pieces of both branches; 17 programs share them out."""
+    set_tiles(monkeypatch, SMALL_TILES[tiles], 17)
+    problem = Problem({1: 7, 3: 12}, {"mix": mix, "mix_activation": "tanh"}, steps=2, channels=1)
+    assert_close(problem.run("triton", torch.float32), problem.run("reference"), 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("tanh", [False, True])
+def test_interpreted_biases_before_and_after_a_mix(tanh, groups):
+    check_biases_around_a_mix(groups, tanh, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name", ["two kernel sizes", "peephole pixel, current", "lengths", "mix gate, tanh", "mix full"]
+)
 def test_interpreted_float16_is_as_close_as_torch(name):
     problem = PROBLEMS_HERE[name]
     assert_as_close(problem, "triton", torch.float16)

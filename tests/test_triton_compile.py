@@ -33,13 +33,22 @@ def launches_of(problem, dtype, backward, monkeypatch, everything=False) -> list
         return empty(*shape, dtype=dtype).permute(1, 0, 4, 2, 3)
 
     b, t, f, h, w = problem.batch, 4, problem.hidden, problem.height, problem.width
-    weights = TransitionWeights(
-        tuple(BranchWeights(empty(4 * k.channels, f, k.height, k.width), dilation=k.dilation) for k in problem.kernels)
+    branches = tuple(
+        BranchWeights(
+            empty(4 * k.channels, f, k.height, k.width),
+            empty(4 * k.channels) if everything else None,
+            dilation=k.dilation,
+        )
+        for k in problem.kernels
     )
+    weights = TransitionWeights(branches)
+    if problem.mix:
+        mix_bias = empty(4 * f) if everything else None
+        weights = TransitionWeights(branches, empty(4 * f, problem.mix_depth, 1, 1), mix_bias, problem.mix == 4)
     h_0 = empty(b, f, h, w) if everything else None
     c_0 = empty(b, f, h, w, dtype=torch.float32) if everything else None
     peephole = empty(3, f, h, w, dtype=torch.float32) if everything else None
-    z = [states(t, b, h, w, 4 * k.channels) for k in problem.kernels]
+    z = [states(t, b, h, w, 4 * n) for n in weights.parts]
     if backward:
         c = states(t, b, h, w, f, dtype=torch.float32)
         lengths = empty(b, dtype=torch.int64) if everything else None
@@ -94,14 +103,23 @@ def compile_launch(kernel, args, options, capability: int):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("paper", torch.bfloat16), ("radar", torch.float16), ("odd", torch.float32), ("exact", torch.float32)],
+    [
+        ("paper", torch.bfloat16),
+        ("paper, mix gate", torch.bfloat16),
+        ("radar", torch.float16),
+        ("radar, mix full", torch.float16),
+        ("odd", torch.float32),
+        ("odd, mix gate", torch.float32),
+        ("exact", torch.float32),
+        ("exact, mix full", torch.float32),
+    ],
     ids=str,
 )
 def test_kernels_compile_without_a_gpu(name, dtype, backward, capability, monkeypatch):
-    launches = launches_of(PLANS[name], dtype, backward, monkeypatch, everything=name in ("odd", "exact"))
+    launches = launches_of(PLANS[name], dtype, backward, monkeypatch, everything=name.startswith(("odd", "exact")))
     assert [kernel.__name__ for kernel, *_ in launches][-1] == ("backward_kernel" if backward else "forward_kernel")
     for kernel, args, options in launches[-2:]:
         binary = compile_launch(kernel, args, options, capability)
         assert binary.metadata.shared <= DEVICES["H100" if capability == 90 else "A100"][1]
-        if capability == 90 and name in ("paper", "radar") and kernel.__name__ != "pack_kernel":
+        if capability == 90 and name.startswith(("paper", "radar")) and kernel.__name__ != "pack_kernel":
             assert "wgmma" in binary.asm["ptx"]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from triton_problems import LARGE, PROBLEMS_HERE, SERVED, assert_as_close, gpu
+from problems import assert_as_close
+from triton_problems import LARGE, PROBLEMS_HERE, SERVED, check_biases_around_a_mix, gpu
 
 
 @pytest.fixture
@@ -22,17 +23,30 @@ class TestOnGpu:
     @pytest.mark.usefixtures("poisoned")
     def test_as_close_to_float64_as_torch(self, name, dtype, monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-        assert_as_close((PROBLEMS_HERE | LARGE)[name], dtype, "cuda")
+        assert_as_close((PROBLEMS_HERE | LARGE)[name], "triton", dtype, "cuda")
 
 
-@pytest.mark.parametrize("name", ["paper", "odd", "many tiles"])
+@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+class TestMixOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.usefixtures("poisoned")
+    def test_biases_before_and_after_a_mix(self, groups, tanh, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        check_biases_around_a_mix(groups, tanh, "cuda")
+
+
+@pytest.mark.parametrize(
+    "name", ["paper", "odd", "many tiles", "paper, mix gate", "odd, mix full", "many tiles, mix gate, tanh"]
+)
 class TestMoreOnGpu:
     pytestmark = gpu
 
     @pytest.mark.usefixtures("poisoned")
     def test_tf32(self, name, monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        assert_as_close(LARGE[name], torch.float32, "cuda", floor=1e-3)
+        assert_as_close(LARGE[name], "triton", torch.float32, "cuda", floor=1e-3)
 
     def test_without_gradients_and_again(self, name):
         """No gates are kept: the same outputs; and the same bits every time."""

@@ -1,10 +1,65 @@
-"""The recurrence backward: each step's data gradient of all kernel sizes, then the previous step's gate backward."""
+"""The recurrence backward: each step's mix and data gradient of all kernel sizes, then the gates of the step before."""
 
 import triton
 import triton.language as tl
 
-from .convolve import FINISH, SEGMENT, accumulate, store_partial, sum_slots
-from .gates import gate_backward, grid_barrier, load_peephole, locate, part_pointer, round_to_tf32, widen
+from .convolve import FINISH, SEGMENT, accumulate, store_partial, sum_gates, sum_slots
+from .gates import (
+    gate_backward,
+    grid_barrier,
+    load_gates,
+    load_peephole,
+    locate,
+    part_pointer,
+    store_gates,
+    tanh_backward,
+    widen,
+)
+
+
+@triton.jit
+def store_branch_gradients(
+    step,
+    row,  # -> what is to be finished, [FINISH] int32
+    row_first,
+    partial_ptr,
+    v_ptr,
+    du_ptrs,
+    rows,
+    hidden,
+    TANH: tl.constexpr,
+    ROUND: tl.constexpr,
+    CHANNEL_RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FINISH_M: tl.constexpr,
+    FINISH_N: tl.constexpr,
+):
+    """Gradients of a branch's outputs at ``step``, of FINISH_M pixels of a tile; pointers as in the kernel."""
+    p = tl.load(row) * BLOCK_M + row_first + tl.arange(0, FINISH_M)
+    channel_first = tl.multiple_of(tl.load(row + 3), CHANNEL_RUN)
+    channel_end = tl.multiple_of(tl.load(row + 4), CHANNEL_RUN)
+    column_first = tl.multiple_of(tl.load(row + 5), CHANNEL_RUN)
+    part_first = tl.multiple_of(tl.load(row + 7), CHANNEL_RUN)
+    part_channels = tl.multiple_of(tl.load(row + 8), CHANNEL_RUN)
+    channel = channel_first + tl.arange(0, FINISH_N)
+    in_part = tl.multiple_of(channel_first - part_first, CHANNEL_RUN) + tl.arange(0, FINISH_N)
+    mask = (p < rows)[:, None] & (channel < channel_end)[None, :]
+    if TANH:
+        v = v_ptr + ((step * rows + p) * (4 * hidden))[:, None] + channel[None, :]
+        v_i, v_f, v_g, v_o = load_gates(v, hidden, mask)
+    du_i, du_f, du_g, du_o = sum_gates(
+        partial_ptr, tl.load(row + 1), tl.load(row + 2), row_first, column_first, True,
+        BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+    )  # fmt: skip
+    if TANH:
+        du_i = tanh_backward(du_i, v_i)
+        du_f = tanh_backward(du_f, v_f)
+        du_g = tanh_backward(du_g, v_g)
+        du_o = tanh_backward(du_o, v_o)
+    du = part_pointer(du_ptrs, tl.load(row + 6))
+    du += (p.to(tl.int64) * (4 * part_channels))[:, None] + in_part[None, :]
+    store_gates(du, part_channels, mask, du_i, du_f, du_g, du_o, ROUND)
 
 
 @triton.jit
@@ -69,10 +124,7 @@ def update_gradients(
     else:
         # All loads before the first use, so that they wait together.
         z = part_pointer(z_ptrs, part) + ((step * rows + p) * (4 * part_channels))[:, None] + in_part[None, :]
-        i = tl.load(z, mask=mask, other=0.0)
-        f = tl.load(z + part_channels, mask=mask, other=0.0)
-        g = tl.load(z + 2 * part_channels, mask=mask, other=0.0)
-        o = tl.load(z + 3 * part_channels, mask=mask, other=0.0)
+        i, f, g, o = load_gates(z, part_channels, mask)
         c = c_ptr + step * rows * hidden + image
         c_t = tl.load(c, mask=mask, other=0.0)
         c_prev = tl.load(c - rows * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0).to(tl.float32)
@@ -96,16 +148,15 @@ def update_gradients(
             i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32), c_prev, c_t.to(tl.float32),
             dh, dc, w_ci, w_cf, w_co, PEEPHOLE > 0, CURRENT,
         )  # fmt: skip
-        tl.store(z, round_to_tf32(dz_i) if ROUND else dz_i.to(kind), mask=mask)
-        tl.store(z + part_channels, round_to_tf32(dz_f) if ROUND else dz_f.to(kind), mask=mask)
-        tl.store(z + 2 * part_channels, round_to_tf32(dz_g) if ROUND else dz_g.to(kind), mask=mask)
-        tl.store(z + 3 * part_channels, round_to_tf32(dz_o) if ROUND else dz_o.to(kind), mask=mask)
+        store_gates(z, part_channels, mask, dz_i, dz_f, dz_g, dz_o, ROUND)
         tl.store(dc_ptr + image, dc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_step", "last_step", "steps", "units"])
+@triton.jit(do_not_specialize=["first_step", "last_step", "steps", "units_first", "units"])
 def backward_kernel(
     z_ptrs,  # a part of the hidden transition each, [T, B*H*W, 4*F_p]: gates, overwritten by their gradients
+    v_ptr,  # [T, B*H*W, 4F], gate-major: what the mix multiplied, read if TANH
+    du_ptrs,  # a branch each, [B*H*W, 4*F_r], scratch: gradients of their outputs, if there are two stages
     c_ptr,  # [T, B*H*W, F]
     c_0_ptr,  # [B*H*W, F] float32, read if HAS_C_0
     dh_ptr,  # [B, T, F, H*W], strides below: gradient of h from outside, read if HAS_DH
@@ -121,7 +172,7 @@ def backward_kernel(
     peephole_ptr,  # [3, F, 1 or H*W] float32, read if PEEPHOLE
     partial_ptr,  # [slots, BLOCK_M, BLOCK_N] float32, scratch; one slot a program if not SPLIT
     segment_ptr,  # [segments, SEGMENT] int32
-    program_ptr,  # [programs + 1] int32: each program's segments
+    program_ptr,  # [programs * STAGES + 1] int32: each program's segments, stage by stage
     finish_ptr,  # [finished, FINISH] int32
     counter_ptr,  # [1] int32, 0 at the launch: the grid barrier's, if PERSISTENT
     first_step,
@@ -131,11 +182,16 @@ def backward_kernel(
     height,
     width,
     hidden,
-    units,  # rows of finish_ptr times BLOCK_M // FINISH_M
+    units_first,  # the first stage's rows of finish_ptr times BLOCK_M // FINISH_M
+    units,  # and those of all stages
+    STAGES: tl.constexpr,  # 1; 2 with a mix: the transposed mix, then the branches' data gradients
+    STAGE_FIRST: tl.constexpr,
+    STAGE_LAST: tl.constexpr,
     CONVOLVE: tl.constexpr,
     UPDATE: tl.constexpr,
-    PERSISTENT: tl.constexpr,  # all programs are resident: barriers between steps and phases
-    SPLIT: tl.constexpr,  # tiles are summed from pieces: a phase of its own finishes them
+    PERSISTENT: tl.constexpr,  # all programs are resident: barriers between steps, stages and phases
+    SPLIT: tl.constexpr,  # tiles of branches are summed from pieces: a phase of its own finishes them, as the mix's
+    TANH: tl.constexpr,  # before the mix
     HAS_DH: tl.constexpr,
     HAS_DC_N: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
@@ -155,56 +211,69 @@ def backward_kernel(
     FINISH_M: tl.constexpr,  # pixels of a tile that are finished at a time
     FINISH_N: tl.constexpr,  # and their channels, of one part
 ):
-    """Steps T-1 - ``first_step`` down to T - ``last_step``; step -1 makes dh_0."""
+    """Steps T-1 - ``first_step`` down to T - ``last_step``, of each some stages; step -1 makes dh_0."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    first = tl.load(program_ptr + program)
-    last = tl.load(program_ptr + program + 1)
+    first = tl.load(program_ptr + program * STAGES)
+    middle = tl.load(program_ptr + program * STAGES + 1)
+    last = tl.load(program_ptr + program * STAGES + STAGES)
     pixels = height * width
     fault = 0.0
     arrivals = 0
     for done in range(first_step, last_step):
         step = steps - 1 - widen(done)
-        if CONVOLVE:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            for s in range(first, last):
-                segment = segment_ptr + s * SEGMENT
-                depth = tl.multiple_of(tl.load(segment + 15), DEPTH_RUN)
-                dz = part_pointer(z_ptrs, tl.load(segment + 16)) + (step + 1) * rows * depth
-                acc = tl.where(tl.load(segment + 4) != 0, 0.0, acc)  # the first segment of a sum
-                acc = accumulate(
-                    acc, segment, step < steps - 1, dz, weights, rows, height, width,
-                    DEPTH_RUN, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-                if tl.load(segment + 5) != 0:  # the last
-                    slot = tl.load(segment + 3)
-                    store_partial(partial_ptr, slot, acc, BLOCK_M, BLOCK_N)
-                    if not SPLIT:  # nobody else has a share in this tile
-                        tl.debug_barrier()
-                        for n in range(tl.load(segment + 6), tl.load(segment + 7)):
-                            for row_first in range(0, BLOCK_M, FINISH_M):
-                                update_gradients(
-                                    step, finish_ptr + n * FINISH, slot, 1, tl.load(segment), row_first, partial_ptr,
-                                    z_ptrs, c_ptr, c_0_ptr, dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
-                                    dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr, peephole_ptr, steps, rows, pixels, hidden,
-                                    fault, HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
-                                    PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
-                                )  # fmt: skip
-                        tl.debug_barrier()
-            if PERSISTENT and SPLIT:
+        for stage in tl.static_range(STAGE_FIRST, STAGE_LAST):
+            mixing = stage < STAGES - 1
+            if CONVOLVE:
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                for s in range(middle if stage == 1 else first, last if stage == 1 else middle):
+                    segment = segment_ptr + s * SEGMENT
+                    image = part_pointer(du_ptrs if stage == 1 else z_ptrs, tl.load(segment + 16))
+                    if stage == 0:
+                        image += (step + 1) * rows * tl.multiple_of(tl.load(segment + 17), DEPTH_RUN)
+                    acc = tl.where(tl.load(segment + 4) != 0, 0.0, acc)  # the first segment of a sum
+                    acc = accumulate(
+                        acc, segment, step < steps - 1, image, weights, rows, height, width,
+                        DEPTH_RUN, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                    )  # fmt: skip
+                    if tl.load(segment + 5) != 0:  # the last
+                        slot = tl.load(segment + 3)
+                        store_partial(partial_ptr, slot, acc, BLOCK_M, BLOCK_N)
+                        if not (SPLIT or mixing):  # nobody else has a share in this tile
+                            tl.debug_barrier()
+                            for n in range(tl.load(segment + 6), tl.load(segment + 7)):
+                                for row_first in range(0, BLOCK_M, FINISH_M):
+                                    update_gradients(
+                                        step, finish_ptr + n * FINISH, slot, 1, tl.load(segment), row_first,
+                                        partial_ptr, z_ptrs, c_ptr, c_0_ptr, dh_ptr, dh_stride_b, dh_stride_t,
+                                        dh_stride_f, dh_stride_p, dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr,
+                                        peephole_ptr, steps, rows, pixels, hidden, fault,
+                                        HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
+                                        PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                                    )  # fmt: skip
+                            tl.debug_barrier()
+                if PERSISTENT and (SPLIT or mixing):
+                    arrivals += programs
+                    fault = grid_barrier(counter_ptr, arrivals, fault)
+            if UPDATE and (SPLIT or mixing):
+                before = units_first if stage == 1 else 0
+                for unit in range(before + program, units if stage == 1 else units_first, programs):
+                    row = finish_ptr + unit // (BLOCK_M // FINISH_M) * FINISH
+                    row_first = unit % (BLOCK_M // FINISH_M) * FINISH_M
+                    if mixing:
+                        if step < steps - 1:
+                            store_branch_gradients(
+                                step + 1, row, row_first, partial_ptr, v_ptr, du_ptrs, rows, hidden, TANH, ROUND,
+                                CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                            )  # fmt: skip
+                    else:
+                        update_gradients(
+                            step, row, tl.load(row + 1), tl.load(row + 2), tl.load(row), row_first, partial_ptr,
+                            z_ptrs, c_ptr, c_0_ptr, dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
+                            dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr, peephole_ptr, steps, rows, pixels, hidden,
+                            fault, HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
+                            PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                        )  # fmt: skip
+            if PERSISTENT:
                 arrivals += programs
                 fault = grid_barrier(counter_ptr, arrivals, fault)
-        if UPDATE:
-            for unit in range(program, units, programs):
-                row = finish_ptr + unit // (BLOCK_M // FINISH_M) * FINISH
-                row_first = unit % (BLOCK_M // FINISH_M) * FINISH_M
-                update_gradients(
-                    step, row, tl.load(row + 1), tl.load(row + 2), tl.load(row), row_first, partial_ptr,
-                    z_ptrs, c_ptr, c_0_ptr, dh_ptr, dh_stride_b, dh_stride_t, dh_stride_f, dh_stride_p,
-                    dc_ptr, dc_n_ptr, dh_0_ptr, lengths_ptr, peephole_ptr, steps, rows, pixels, hidden,
-                    fault, HAS_DH, HAS_DC_N, HAS_LENGTHS, HAS_H_0, HAS_C_0, PEEPHOLE, CURRENT, ROUND,
-                    PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
-                )  # fmt: skip
-        if PERSISTENT:
-            arrivals += programs
-            fault = grid_barrier(counter_ptr, arrivals, fault)

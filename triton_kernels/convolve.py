@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-SEGMENT = tl.constexpr(17)  # integers a segment: see schedule.Segment.row
+SEGMENT = tl.constexpr(19)  # integers a segment: see schedule.Segment.row
 FINISH = tl.constexpr(9)  # integers a row of what is to be finished: schedule.Finish's fields
 
 
@@ -12,19 +12,19 @@ def accumulate(
     acc,  # [BLOCK_M, BLOCK_N] float32
     row,  # -> one segment, [SEGMENT] int32
     active,  # False: the image is all zeros, add nothing
-    image_ptr,  # [B*H*W, depth] of one step
+    image_ptr,  # [B*H*W, stride] of one step
     weights,  # descriptor of [iterations of all tiles, BLOCK_N, BLOCK_K], flattened to two dimensions: see launch.py
     rows,  # B*H*W
     height,
     width,
-    DEPTH_RUN: tl.constexpr,  # divides every depth
+    DEPTH_RUN: tl.constexpr,  # divides every depth, stride and first channel
     EVEN_K: tl.constexpr,  # every depth is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``acc`` plus iterations ``k_first .. k_last`` of one branch: blocks of BLOCK_K channels, taps innermost."""
+    """``acc`` plus iterations ``k_first .. k_last`` of one part: blocks of BLOCK_K channels, taps innermost."""
     m_tile = tl.load(row)
     k_first = tl.load(row + 1)
     k_last = tl.where(active, tl.load(row + 2), k_first)
@@ -36,13 +36,15 @@ def accumulate(
     step_y = tl.load(row + 13)
     step_x = tl.load(row + 14)
     depth = tl.multiple_of(tl.load(row + 15), DEPTH_RUN)
+    stride = tl.multiple_of(tl.load(row + 17), DEPTH_RUN)
+    channel_first = tl.multiple_of(tl.load(row + 18), DEPTH_RUN)
 
     # This tile's pixels, and where they lie.
     p = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     pixel = p % (height * width)
     y = tl.where(p < rows, pixel // width, -(1 << 28))  # beyond the last row: outside the image for every tap
     x = pixel % width
-    image_rows = image_ptr + p.to(tl.int64) * depth
+    image_rows = image_ptr + (p.to(tl.int64) * stride + channel_first)
 
     k = tl.arange(0, BLOCK_K)
     taps = kernel_h * kernel_w
@@ -57,7 +59,7 @@ def accumulate(
         mask = inside[:, None]
         if not EVEN_K:
             mask = mask & (channel < depth)[None, :]
-        shift = (dy * width + dx) * depth
+        shift = (dy * width + dx) * stride
         a = tl.load(image_rows[:, None] + (shift + channel)[None, :], mask=mask, other=0.0)
         w = weights.load([(weight_first + it) * BLOCK_N, 0])
         acc = tl.dot(a, w.T, acc, input_precision=PRECISION)
@@ -110,25 +112,30 @@ def sum_gates(
     slot,
     slots,
     row_first,
+    column_first,
+    APART: tl.constexpr,  # a share is four slots, one a gate; else one slot with the gates side by side
     BLOCK_M: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    """A tile's gates, [ROWS, CHANNELS] each: the sums of its slots, always in the same order."""
-    pointers = partial_pointers(partial_ptr, slot, row_first, 0, BLOCK_M, 4 * CHANNELS, ROWS, CHANNELS)
+    """A tile's gates, [ROWS, CHANNELS] each: the sums of its shares, always in the same order."""
+    GATE: tl.constexpr = BLOCK_M * BLOCK_N if APART else BLOCK_N // 4
+    SHARE: tl.constexpr = BLOCK_M * BLOCK_N * (4 if APART else 1)
+    pointers = partial_pointers(partial_ptr, slot, row_first, column_first, BLOCK_M, BLOCK_N, ROWS, CHANNELS)
     u_i = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     u_f = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     u_g = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     u_o = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     for s in range(0, slots, 2):
-        i, f, g, o = load_four(pointers, CHANNELS, 4)
-        next_i, next_f, next_g, next_o = load_four(pointers + BLOCK_M * 4 * CHANNELS, CHANNELS, 4 * (slots - s - 1))
+        i, f, g, o = load_four(pointers, GATE, 4)
+        next_i, next_f, next_g, next_o = load_four(pointers + SHARE, GATE, 4 * (slots - s - 1))
         tl.debug_barrier()  # keeps the compiler from delaying each load until its use
         u_i += i + next_i
         u_f += f + next_f
         u_g += g + next_g
         u_o += o + next_o
-        pointers += 2 * BLOCK_M * 4 * CHANNELS
+        pointers += 2 * SHARE
     return u_i, u_f, u_g, u_o
 
 

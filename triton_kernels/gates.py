@@ -35,6 +35,13 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_backward(dy, y):
+    """The gradient of x from that of ``y``, its tanh."""
+    y = y.to(tl.float32)
+    return dy * (1.0 - y * y)
+
+
+@triton.jit
 def gate_forward(z_i, z_f, z_g, z_o, c_prev, w_ci, w_cf, w_co, HAS_PEEPHOLE: tl.constexpr, CURRENT: tl.constexpr):
     """The paper's eqs. 6-10, elementwise; ``CURRENT``: o sees c_t, else c_{t-1}. Returns i, f, g, o, c, h."""
     if HAS_PEEPHOLE:
@@ -104,6 +111,37 @@ def load_peephole(peephole_ptr, row: tl.constexpr, channel, pixel, mask, hidden,
     if PEEPHOLE == 2:
         w = tl.load(peephole_ptr + (row * hidden + channel[None, :]) * pixels + pixel[:, None], mask=mask, other=0.0)
     return w
+
+
+@triton.jit
+def load_gates(pointers, stride, mask):
+    """The four gates' values that lie at ``pointers`` and one, two and three strides on; 0 outside of ``mask``."""
+    i = tl.load(pointers, mask=mask, other=0.0)
+    f = tl.load(pointers + stride, mask=mask, other=0.0)
+    g = tl.load(pointers + 2 * stride, mask=mask, other=0.0)
+    o = tl.load(pointers + 3 * stride, mask=mask, other=0.0)
+    return i, f, g, o
+
+
+@triton.jit
+def store_gates(pointers, stride, mask, i, f, g, o, ROUND: tl.constexpr):
+    """float32 ``i``, ``f``, ``g``, ``o`` to where :func:`load_gates` finds them; ``ROUND``: to TF32, to nearest."""
+    kind: tl.constexpr = pointers.dtype.element_ty
+    tl.store(pointers, round_to_tf32(i) if ROUND else i.to(kind), mask=mask)
+    tl.store(pointers + stride, round_to_tf32(f) if ROUND else f.to(kind), mask=mask)
+    tl.store(pointers + 2 * stride, round_to_tf32(g) if ROUND else g.to(kind), mask=mask)
+    tl.store(pointers + 3 * stride, round_to_tf32(o) if ROUND else o.to(kind), mask=mask)
+
+
+@triton.jit
+def add_bias(u_i, u_f, u_g, u_o, bias_ptr, channel, channel_end, hidden):
+    """The gates' sums of some channels plus a bias [4F], gate-major, of any type."""
+    valid = channel < channel_end
+    u_i += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    u_f += tl.load(bias_ptr + hidden + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    u_g += tl.load(bias_ptr + 2 * hidden + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    u_o += tl.load(bias_ptr + 3 * hidden + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    return u_i, u_f, u_g, u_o
 
 
 @triton.jit

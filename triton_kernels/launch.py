@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..aten import Parts, empty_states
-from ..convolution import TransitionWeights, channels_last, tensor_cores_allowed, whole_bias
+from ..aten import Parts, empty_states, previous
+from ..convolution import (
+    TransitionWeights,
+    branch_bias,
+    channels_last,
+    premix,
+    tensor_cores_allowed,
+    whole_bias,
+)
 from . import plan
 from . import schedule as schedules
 from .backward import backward_kernel
@@ -58,9 +66,10 @@ class Pass:
     config: plan.Config
     packed_blocks: int  # blocks of packed weights
     segments: Tensor  # [segments, convolve.SEGMENT] int32
-    programs: Tensor  # [programs + 1] int32
+    programs: Tensor  # [programs * stages + 1] int32
     finishes: Tensor  # [finished, convolve.FINISH] int32
-    finish_n: int  # at least the channels of each
+    ends: tuple[int, ...]  # of each stage's rows of finishes
+    split: tuple[bool, ...]  # whether each stage's tiles are cut
     slots: int
 
     @property
@@ -70,7 +79,7 @@ class Pass:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        return self.programs.shape[0] - 1, 1, 1
+        return (self.programs.shape[0] - 1) // len(self.ends), 1, 1
 
     def scratch(self) -> tuple[Tensor, Tensor]:
         """Partial sums [slots, BLOCK_M, BLOCK_N] and the grid barrier's counter."""
@@ -83,14 +92,16 @@ class Pass:
         """Arguments that both kernels take from the problem and its configuration."""
         config, problem = self.config, self.problem
         channels = [k.channels for k in problem.kernels]
-        finish_n = self.finish_n
-        pixels = self.finishes.shape[0] * config.block_m // self.grid[0] if config.split else config.block_m
-        finish_m = config.finish_m(finish_n, pixels)
+        finish_n = schedules.finish_n(problem, config, self.backward)
+        counts = [end - start for start, end in pairwise((0, *self.ends))]
+        fewest = min((n for n, split in zip(counts, self.split, strict=True) if split), default=self.grid[0])
+        finish_m = config.finish_m(finish_n, fewest * config.block_m // self.grid[0])
         depths = [4 * n for n in channels] if self.backward else [problem.hidden]
+        depths += [problem.mix_depth] if problem.mix else []
         return {
             "ROUND": self.rounds,
             "PRECISION": "tf32" if problem.tensor_cores else "ieee",
-            "DEPTH_RUN": plan.run_of(16, *depths),
+            "DEPTH_RUN": plan.run_of(16, *depths, *([problem.hidden] if problem.mix else [])),
             "EVEN_K": all(depth % config.block_k == 0 for depth in depths),
             "PIXEL_RUN": plan.run_of(16, problem.height * problem.width, finish_m),
             "CHANNEL_RUN": plan.run_of(16, finish_n, *channels),
@@ -106,21 +117,22 @@ class Pass:
 
     def launch(self, kernel, arguments: tuple, rounds: int, steps: int, **flags) -> None:
         """Run ``kernel`` for ``rounds`` of a sequence of ``steps`` steps: in one launch, in the interpreter in many."""
-        constants, split = self.constants, self.config.split
-        units = self.finishes.shape[0] * (self.config.block_m // constants["FINISH_M"])
-        problem = self.problem
-        sizes = (steps, problem.rows, problem.height, problem.width, problem.hidden, units)
+        problem, stages = self.problem, len(self.ends)
+        units = [end * (self.config.block_m // self.constants["FINISH_M"]) for end in (self.ends[0], self.ends[-1])]
+        sizes = (steps, problem.rows, problem.height, problem.width, problem.hidden, *units)
+        options = {"STAGES": stages, "SPLIT": self.config.split, **flags, **self.constants}
         if not INTERPRETED:
-            phases = {"CONVOLVE": True, "UPDATE": split, "PERSISTENT": True, "SPLIT": split}
-            options = phases | flags | constants | {"launch_cooperative_grid": True}
+            phases = {"STAGE_FIRST": 0, "STAGE_LAST": stages, "CONVOLVE": True, "UPDATE": True, "PERSISTENT": True}
+            options |= phases | {"launch_cooperative_grid": True}
             launch(kernel, self.grid, (*arguments, 0, rounds, *sizes), options)
             return
         for first in range(rounds):  # programs run one after another and cannot wait for each other
-            for convolve in (True, False) if split else (True,):
-                kernel[self.grid](
-                    *arguments, first, first + 1, *sizes, CONVOLVE=convolve, UPDATE=not convolve, PERSISTENT=False,
-                    SPLIT=split, **flags, **constants,
-                )  # fmt: skip
+            for stage, split in enumerate(self.split):
+                for convolve in (True, False) if split else (True,):
+                    kernel[self.grid](
+                        *arguments, first, first + 1, *sizes, STAGE_FIRST=stage, STAGE_LAST=stage + 1,
+                        CONVOLVE=convolve, UPDATE=not convolve, PERSISTENT=False, **options,
+                    )  # fmt: skip
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:
@@ -135,14 +147,14 @@ def device_limits(device: torch.device) -> tuple[int, int]:
 def make_pass(problem: plan.Problem, backward: bool, device: torch.device) -> Pass:
     sms, shared_memory = device_limits(device)
     config = plan.choose(problem, backward, sms, shared_memory)
-    tiles = (schedules.backward_tiles if backward else schedules.forward_tiles)(problem, config)
-    s = schedules.schedule(problem, config, tiles, sms * config.programs_per_sm)
-    numbers = ([segment.row() for segment in s.segments], s.programs, [f.row() for f in s.finishes])
-    tables = [torch.tensor(n, dtype=torch.int32).to(device) for n in numbers]
-    widest = plan.power_of_two(max(f.channel_end - f.channel_first for f in s.finishes), 1, config.block_n)
-    finish_n = widest if backward else config.block_n // 4  # forward sums four gates side by side
-    blocks = sum(part.iterations(config.block_k) for tile in tiles for part in tile)
-    return Pass(problem, backward, config, blocks, *tables, finish_n, s.slots)
+    stages = schedules.stages(problem, config, backward)
+    programs = sms * config.programs_per_sm
+    of_stages = [schedules.schedule(problem, config, stage, programs) for stage in stages]
+    t = schedules.tables(of_stages)
+    tables = [torch.tensor(n, dtype=torch.int32).to(device) for n in (t.segments, t.programs, t.finishes)]
+    packed = sum(stage.gates * schedules.blocks(stage.tiles, config.block_k) for stage in stages)
+    split = tuple(stage.split for stage in stages)
+    return Pass(problem, backward, config, packed, *tables, t.ends, split, max(s.slots for s in of_stages))
 
 
 def problem_of(parts: Parts, hidden: TransitionWeights) -> plan.Problem:
@@ -151,32 +163,61 @@ def problem_of(parts: Parts, hidden: TransitionWeights) -> plan.Problem:
         plan.Kernel(b.weight.shape[0] // 4, *b.weight.shape[2:], dilation=tuple(b.dilation)) for b in hidden.branches
     )
     tensor_cores = tensor_cores_allowed(z.dtype) and not INTERPRETED
-    return plan.Problem(z.shape[0], *z.shape[3:], kernels, z.element_size(), tensor_cores)
+    mix = 0 if hidden.mix is None else hidden.mix_groups
+    return plan.Problem(z.shape[0], *z.shape[3:], kernels, z.element_size(), tensor_cores, mix)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where one convolution's weights lie, in elements of a tap: see :func:`pack_kernel`."""
+
+    weight: Tensor  # [outputs, inputs, kernel_h, kernel_w]
+    channels: int  # columns of a group in a tile
+    groups_stride: int
+    n_stride: int
+    n_count: int
+    k_stride: int
+    k_count: int
+    runs: int = 1
+    run_stride: int = 0
+
+
+def packings(hidden: TransitionWeights, p: Pass) -> list[Packing]:
+    """The branches, then the mix.
+
+    Forward, columns are four gates of BLOCK_N / 4 channels, and k runs over h's channels. Backward, columns are
+    channels of h, and k runs over the rows of a branch's weights. Of the mix, columns are one gate's channels.
+    """
+    n, total, out = p.config.block_n, p.problem.hidden, []
+    for b, k in zip(hidden.branches, p.problem.kernels, strict=True):
+        if p.backward:
+            out.append(Packing(b.weight, n, 0, 1, total, total, 4 * k.channels))
+        else:
+            out.append(Packing(b.weight, n // 4, k.channels * total, total, k.channels, 1, total))
+    if hidden.mix is not None:
+        depth = p.problem.mix_depth
+        n_stride, k_stride = (1, depth) if p.backward else (depth, 1)
+        gate_stride = total if p.backward and p.problem.mix == 1 else total * depth
+        out.append(Packing(hidden.mix, n, 0, n_stride, total, k_stride, depth, 4, gate_stride))
+    return out
 
 
 def pack(hidden: TransitionWeights, p: Pass) -> TensorDescriptor:
-    """All branches' weights, one [BLOCK_N, BLOCK_K] for each iteration in the order of ``plan``'s tiles.
-
-    Forward, BLOCK_N is four gates of BLOCK_N / 4 channels, and k runs over h's channels. Backward, BLOCK_N is channels
-    of h, and k runs over the rows of a branch's weights.
-    """
-    config, hidden_channels = p.config, p.problem.hidden
+    """All weights, one [BLOCK_N, BLOCK_K] for each iteration in the order of the schedule's tiles."""
+    config = p.config
     packed = hidden.branches[0].weight.new_empty((p.packed_blocks * config.block_n, config.block_k))
-    first = 0
-    for b, k in zip(hidden.branches, p.problem.kernels, strict=True):
-        taps = k.height * k.width
-        if p.backward:
-            channels, strides, depth = config.block_n, (0, 1, hidden_channels, hidden_channels), 4 * k.channels
-        else:
-            channels, depth = config.block_n // 4, hidden_channels
-            strides = (k.channels * depth, depth, k.channels, 1)
-        tiles, blocks = -(-strides[2] // channels), -(-depth // config.block_k)
-        rows = min(16, config.block_n)
-        grid = (tiles * blocks, config.block_n // rows, -(-taps // PACKED_TAPS))
-        arguments = (b.weight.contiguous(), packed[first:], taps, *strides, depth, blocks)
+    rows, first = min(16, config.block_n), 0
+    for w in packings(hidden, p):
+        taps, run, blocks = w.weight[0, 0].numel(), -(-w.n_count // w.channels), -(-w.k_count // config.block_k)
+        grid = (w.runs * run * blocks, config.block_n // rows, -(-taps // PACKED_TAPS))
+        arguments = (
+            w.weight.contiguous(), packed[first:], taps, run, w.run_stride, w.groups_stride, w.n_stride, w.n_count,
+            w.k_stride, w.k_count, blocks,
+        )  # fmt: skip
         options = {"ROUND": p.rounds, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-        launch(pack_kernel, grid, arguments, options | {"CHANNELS": channels, "ROWS": rows, "TAPS": PACKED_TAPS})
-        first += tiles * blocks * taps * config.block_n
+        options |= {"CHANNELS": w.channels, "ROWS": rows, "TAPS": PACKED_TAPS}
+        launch(pack_kernel, grid, arguments, options)
+        first += w.runs * run * blocks * taps * config.block_n
     return TensorDescriptor.from_tensor(packed, [config.block_n, config.block_k])
 
 
@@ -216,16 +257,21 @@ def forward(
     if c_0 is not None:
         c_0 = channels_last(c_0)
     bias = whole_bias(hidden, bias)
+    inner = branch_bias(hidden) if hidden.mix is not None else None
+    v = h.new_empty((p.problem.rows, 4 * p.problem.hidden)) if hidden.mix is not None else h
     if peephole is not None:
         peephole = peephole.contiguous()
     p.launch(
         forward_kernel,
         (
-            parts, h, c, c if c_0 is None else c_0, state, weights, c if bias is None else bias,
-            c if peephole is None else peephole, partial, p.segments, p.programs, p.finishes, counter,
+            parts, v, h, c, c if c_0 is None else c_0, state, weights, c if bias is None else bias,
+            c if inner is None else inner, c if peephole is None else peephole,
+            partial, p.segments, p.programs, p.finishes, counter,
         ),
         steps,
         steps,
+        TANH=hidden.mix_tanh,
+        HAS_BRANCH_BIAS=inner is not None,
         KEEP=keep,
         HAS_H_0=h_0 is not None,
         HAS_C_0=c_0 is not None,
@@ -258,7 +304,12 @@ def backward(
     dc_n: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
-    """The recurrence backward; see :func:`mkconvlstm_cuda.ops.sequence_backward`."""
+    """The recurrence backward; see :func:`mkconvlstm_cuda.ops.sequence_backward`.
+
+    The derivative of the tanh needs what the mix multiplied. That is computed for all steps at once, as ``aten`` does:
+    within the recurrence it would double what each step waits for, and kept since forward it would take as much memory
+    as the gates for longer.
+    """
     steps, width = h.shape[1], h.shape[4]
     dc = empty_states(gates, 1, torch.float32)[:, 0]
     dh_0 = None if h_0 is None else torch.empty_like(dc, dtype=h.dtype)
@@ -276,17 +327,22 @@ def backward(
         dc_n = channels_last(dc_n.float())
     if peephole is not None:
         peephole = peephole.contiguous()
+    v = premix(previous(h, h_0, h.dtype), hidden.channels_last()) if hidden.mix_tanh else dc
+    du = parts
+    if hidden.mix is not None:
+        du = tuple(h.new_empty((p.problem.rows, 4 * k.channels)) for k in p.problem.kernels)
     strides = (0, 0, 0, 0) if dh is None else (*dh.stride()[:3], dh.stride(4))
     p.launch(
         backward_kernel,
         (
-            parts, in_order(c), dc if c_0 is None else c_0, dc if dh is None else dh,
+            parts, v, du, in_order(c), dc if c_0 is None else c_0, dc if dh is None else dh,
             *strides, dc, dc if dc_n is None else dc_n, dc if dh_0 is None else dh_0,
             dc if lengths is None else lengths.contiguous(), weights, dc if peephole is None else peephole,
             partial, p.segments, p.programs, p.finishes, counter,
         ),
         steps + (h_0 is not None),
         steps,
+        TANH=hidden.mix_tanh,
         HAS_DH=dh is not None,
         HAS_DC_N=dc_n is not None,
         HAS_LENGTHS=lengths is not None,

@@ -1,4 +1,4 @@
-"""One branch's weights into the blocks that ``convolve.py`` reads."""
+"""One convolution's weights into the blocks that ``convolve.py`` reads."""
 
 import triton
 import triton.language as tl
@@ -8,10 +8,12 @@ from .gates import round_to_tf32
 
 @triton.jit
 def pack_kernel(
-    weight_ptr,  # [4*F_r, F, kh*kw]
+    weight_ptr,  # [outputs, inputs, kh*kw]
     packed_ptr,  # [tiles, blocks of k, taps, BLOCK_N, BLOCK_K], written
     taps,
-    groups_stride,  # elements of a tap from one group of CHANNELS columns to the next (forward: from gate to gate)
+    run,  # tiles whose columns follow one another
+    run_stride,  # elements of a tap from one such run to the next
+    groups_stride,  # from one group of CHANNELS columns of a tile to the next (branches, forward: from gate to gate)
     n_stride,  # from one column to the next
     n_count,  # columns of a group
     k_stride,
@@ -29,8 +31,8 @@ def pack_kernel(
     block = tl.program_id(0) % blocks
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    column = tile * CHANNELS + n % CHANNELS
-    first = n // CHANNELS * groups_stride + column * n_stride
+    column = tile % run * CHANNELS + n % CHANNELS
+    first = tile // run * run_stride + n // CHANNELS * groups_stride + column * n_stride
     source = weight_ptr + (first[:, None] + (k * k_stride)[None, :]).to(tl.int64) * taps
     mask = (column < n_count)[:, None] & (k < k_count)[None, :]
     target = packed_ptr + tl.program_id(0).to(tl.int64) * taps * (BLOCK_N * BLOCK_K)

@@ -30,6 +30,7 @@ class Problem:
     kernels: tuple[Kernel, ...]
     element_size: int  # bytes
     tensor_cores: bool  # False: float32 at full precision
+    mix: int = 0  # matrices of a 1x1 mix: one a gate (4), one for all (1), or no mix (0)
 
     @property
     def rows(self) -> int:
@@ -38,6 +39,11 @@ class Problem:
     @property
     def hidden(self) -> int:
         return sum(k.channels for k in self.kernels)
+
+    @property
+    def mix_depth(self) -> int:
+        """Channels that one output of the mix sums."""
+        return 4 * self.hidden // self.mix
 
     def m_tiles(self, config: Config) -> int:
         """Blocks of pixels."""
@@ -87,8 +93,10 @@ def choose(problem: Problem, backward: bool, sms: int, shared_memory: int) -> Co
     the widest tiles, which load least, cut into equal shares. Very few: small tiles, cut.
     """
     channels = [k.channels for k in problem.kernels]
-    columns = problem.hidden if backward else 4 * max(channels)
+    columns = problem.hidden if backward or problem.mix else 4 * max(channels)  # of the mix: one gate's
     depth = 4 * max(channels) if backward else problem.hidden
+    if problem.mix:
+        depth = min(depth, problem.mix_depth)
     if not problem.tensor_cores:
         return Config(64, power_of_two(columns, 16, 64), 16, split=False, warps=4, stages=2)
     line = 128 // problem.element_size  # channels that fill a swizzled row of shared memory

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
-from .plan import Config, Problem
+from .plan import Config, Problem, power_of_two
 
 
 @dataclass(frozen=True)
 class Part:
-    """One branch's share of a tile's sum: all its taps and channels."""
+    """One convolution's share of a tile's sum: all its taps and channels."""
 
     channel_first: int  # the tile's output channels
     channel_end: int
@@ -22,7 +24,9 @@ class Part:
     step_y: int  # from tap to tap
     step_x: int
     depth: int  # channels of the image that it reads
+    stride: int  # channels of the image
     image: int = 0  # which of several it reads
+    first: int = 0  # the first channel that it reads
 
     def iterations(self, block_k: int) -> int:
         return self.kernel_h * self.kernel_w * -(-self.depth // block_k)
@@ -46,13 +50,13 @@ class Segment(Part):
         return [
             self.m_tile, self.k_first, self.k_last, self.slot, self.is_first, self.is_last, self.finish_first,
             self.finish_end, self.weight, self.kernel_h, self.kernel_w, self.first_y, self.first_x, self.step_y,
-            self.step_x, self.depth, self.image,
+            self.step_x, self.depth, self.image, self.stride, self.first,
         ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Finish:
-    """Channels of a tile, all of one branch, to be finished once its sum is known."""
+    """Channels of a tile, all of one part of what they become, to be finished once their sum is known."""
 
     m_tile: int  # these three where tiles are cut
     slot: int  # the first of its shares
@@ -60,22 +64,43 @@ class Finish:
     channel_first: int
     channel_end: int
     column_first: int  # where they lie in the tile
-    branch: int
-    branch_first: int  # its first channel
-    branch_channels: int
+    part: int
+    part_first: int  # its first channel
+    part_channels: int
 
     def row(self) -> tuple[int, ...]:
         return tuple(vars(self).values())
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One of the products of a step, and what it is finished to."""
+
+    tiles: list[list[Part]]  # of one block of pixels, each a sum of parts; of the mix those of the first gate alone
+    sizes: tuple[int, ...]  # hidden channels of each part that it is finished to
+    most: int  # channels that are finished at a time
+    split: bool  # tiles are cut
+    gate_stride: int | None = None  # of the mix: channels of the image from what one gate reads to the next gate's
+
+    @property
+    def gates(self) -> int:
+        """How many gates' tiles there are for each of ``tiles``."""
+        return 1 if self.gate_stride is None else 4
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """Who computes what in one step."""
+    """Who computes what in one stage of a step."""
 
     segments: tuple[Segment, ...]
     programs: tuple[int, ...]  # [programs + 1]: each program's first segment
     finishes: tuple[Finish, ...]  # of every tile where tiles are cut, else of those of one block of pixels
     slots: int
+
+    @property
+    def shares(self) -> list[tuple[Segment, ...]]:
+        """Each program's segments."""
+        return [self.segments[a:b] for a, b in zip(self.programs, self.programs[1:], strict=False)]
 
 
 def forward_tiles(problem: Problem, config: Config) -> list[list[Part]]:
@@ -86,7 +111,7 @@ def forward_tiles(problem: Problem, config: Config) -> list[list[Part]]:
             end = min(first + channels, k.channels)
             part = Part(
                 channel_0 + first, channel_0 + end, weight, k.height, k.width, -k.padding[0], -k.padding[1],
-                *k.dilation, problem.hidden,
+                *k.dilation, problem.hidden, problem.hidden,
             )  # fmt: skip
             tiles.append([part])
             weight += part.iterations(config.block_k)
@@ -103,40 +128,98 @@ def backward_tiles(problem: Problem, config: Config) -> list[list[Part]]:
         for tile, first in zip(tiles, firsts, strict=True):
             end = min(first + config.block_n, problem.hidden)
             part = Part(
-                first, end, weight, k.height, k.width, *k.padding, -k.dilation[0], -k.dilation[1], 4 * k.channels, n
-            )
+                first, end, weight, k.height, k.width, *k.padding, -k.dilation[0], -k.dilation[1],
+                4 * k.channels, 4 * k.channels, n,
+            )  # fmt: skip
             tile.append(part)
             weight += part.iterations(config.block_k)
     return tiles
 
 
-def finishes(problem: Problem, tile: list[Part], m_tile: int = 0, slot: int = 0, slots: int = 1) -> list[Finish]:
-    """A tile's channels, branch by branch."""
-    first, end = tile[0].channel_first, tile[0].channel_end
-    pieces, branch_first = [], 0
-    for branch, k in enumerate(problem.kernels):
-        a, b = max(first, branch_first), min(end, branch_first + k.channels)
-        if a < b:
-            pieces.append(Finish(m_tile, slot, slots, a, b, a - first, branch, branch_first, k.channels))
-        branch_first += k.channels
+def mix_tiles(problem: Problem, config: Config, weight: int) -> list[list[Part]]:
+    """The mix's tiles for the first gate, forward or backward; weights are packed gate by gate from ``weight`` on."""
+    tiles = []
+    for first in range(0, problem.hidden, config.block_n):
+        end = min(first + config.block_n, problem.hidden)
+        part = Part(first, end, weight, 1, 1, 0, 0, 1, 1, problem.mix_depth, 4 * problem.hidden)
+        tiles.append([part])
+        weight += part.iterations(config.block_k)
+    return tiles
+
+
+def finish_n(problem: Problem, config: Config, backward: bool) -> int:
+    """Channels that are finished at a time, a power of two; forward, four gates lie side by side in a tile."""
+    widest = max(k.channels for k in problem.kernels)
+    return power_of_two(widest, 1, config.block_n) if backward else config.block_n // 4
+
+
+def stages(problem: Problem, config: Config, backward: bool) -> list[Stage]:
+    """The products of a step in their order; the last one's sums become gates, or the gradients of gates.
+
+    The mix is always cut: a tile of it belongs to one gate, and finishing needs all four.
+    """
+    each, most = tuple(k.channels for k in problem.kernels), finish_n(problem, config, backward)
+    tiles = (backward_tiles if backward else forward_tiles)(problem, config)
+    if not problem.mix:
+        return [Stage(tiles, each, most, config.split)]
+    whole, gate_stride = (problem.hidden,), problem.hidden if problem.mix == 4 else 0
+    mixed = mix_tiles(problem, config, blocks(tiles, config.block_k))
+    if backward:
+        return [Stage(mixed, each, most, True, gate_stride), Stage(tiles, whole, most, config.split)]
+    return [Stage(tiles, each, most, config.split), Stage(mixed, whole, most, True, gate_stride)]
+
+
+def blocks(tiles: list[list[Part]], block_k: int) -> int:
+    """Blocks of packed weights that ``tiles`` read."""
+    return sum(part.iterations(block_k) for tile in tiles for part in tile)
+
+
+def finishes(stage: Stage, tile: list[Part], m_tile: int = 0, slot: int = 0, slots: int = 1) -> list[Finish]:
+    """A tile's channels, part by part."""
+    start, stop = tile[0].channel_first, tile[0].channel_end
+    pieces, part_first = [], 0
+    for part, channels in enumerate(stage.sizes):
+        part_end = part_first + channels
+        for first in range(max(start, part_first), min(stop, part_end), stage.most):
+            end = min(first + stage.most, stop, part_end)
+            pieces.append(Finish(m_tile, slot, slots, first, end, first - start, part, part_first, channels))
+        part_first = part_end
     return pieces
 
 
-def schedule(problem: Problem, config: Config, tiles: list[list[Part]], programs: int) -> Schedule:
+def schedule(problem: Problem, config: Config, stage: Stage, programs: int) -> Schedule:
     """Share the tiles of all blocks of pixels out to at most ``programs`` programs, evenly."""
-    return (cut if config.split else deal)(problem, config, tiles, programs)
+    m_tiles, block_k = problem.m_tiles(config), config.block_k
+    if not stage.split:
+        return deal(stage, m_tiles, block_k, programs)
+    if stage.gate_stride is None:
+        return cut(stage, m_tiles, block_k, programs)
+    return for_all_gates(cut(stage, m_tiles, block_k, max(1, programs // 4)), stage, block_k, programs)
 
 
-def deal(problem: Problem, config: Config, tiles: list[list[Part]], programs: int) -> Schedule:
+def for_all_gates(s: Schedule, stage: Stage, block_k: int, programs: int) -> Schedule:
+    """The schedule of one gate of the mix four times over: the four gates' slots lie side by side."""
+    shares: list[list[Segment]] = [[] for _ in range(min(programs, 4 * len(s.shares)))]
+    for n, share in enumerate(s.shares):
+        for gate in range(4):
+            weight, first = gate * blocks(stage.tiles, block_k), gate * stage.gate_stride
+            shares[(4 * n + gate) % len(shares)] += [
+                replace(x, slot=4 * x.slot + gate, weight=x.weight + weight, first=first) for x in share
+            ]
+    table = tuple(replace(f, slot=4 * f.slot) for f in s.finishes)
+    return Schedule(flat(shares), starts(shares), table, 4 * s.slots)
+
+
+def deal(stage: Stage, m_tiles: int, block_k: int, programs: int) -> Schedule:
     """Whole tiles, the heaviest first, each to the program that has least."""
     table, rows = [], []
-    for tile in tiles:
-        pieces = finishes(problem, tile)
+    for tile in stage.tiles:
+        pieces = finishes(stage, tile)
         rows.append((len(table), len(table) + len(pieces)))
         table += pieces
     work = sorted(
-        ((m, tile, row) for tile, row in zip(tiles, rows, strict=True) for m in range(problem.m_tiles(config))),
-        key=lambda item: -sum(part.iterations(config.block_k) for part in item[1]),
+        ((m, tile, row) for tile, row in zip(stage.tiles, rows, strict=True) for m in range(m_tiles)),
+        key=lambda item: -sum(part.iterations(block_k) for part in item[1]),
     )
     programs = min(programs, len(work))
     shares: list[list[Segment]] = [[] for _ in range(programs)]
@@ -144,7 +227,7 @@ def deal(problem: Problem, config: Config, tiles: list[list[Part]], programs: in
     for m, tile, (first, end) in work:
         load, p = loads[0]
         for n, part in enumerate(tile):
-            count = part.iterations(config.block_k)
+            count = part.iterations(block_k)
             shares[p].append(
                 Segment(
                     **vars(part),
@@ -159,26 +242,25 @@ def deal(problem: Problem, config: Config, tiles: list[list[Part]], programs: in
             )
             load += count
         heapq.heapreplace(loads, (load + TILE_COST, p))
-    return Schedule(tuple(s for share in shares for s in share), starts(shares), tuple(table), programs)
+    return Schedule(flat(shares), starts(shares), tuple(table), programs)
 
 
 TILE_COST = 4  # iterations that starting and finishing a piece cost
 
 
-def cut(problem: Problem, config: Config, tiles: list[list[Part]], programs: int) -> Schedule:
+def cut(stage: Stage, m_tiles: int, block_k: int, programs: int) -> Schedule:
     """All tiles' iterations in a row, cut into equal shares; a cut close to a tile's end moves there."""
-    m_tiles = problem.m_tiles(config)
     candidates = {programs, max(1, programs // m_tiles) * m_tiles if m_tiles <= programs else programs}
     best = None
     for count in sorted(candidates):
         for tolerance in (0.0, 0.05, 0.1, 0.15):
-            shares, summed, slots = cut_evenly(m_tiles, tiles, config.block_k, count, tolerance)
+            shares, summed, slots = cut_evenly(m_tiles, stage.tiles, block_k, count, tolerance)
             cost = max(sum(s.k_last - s.k_first + TILE_COST * s.is_first for s in share) for share in shares)
             if best is None or cost < best[0]:
                 best = cost, shares, summed, slots
     _, shares, summed, slots = best
-    table = tuple(piece for tile, *place in summed for piece in finishes(problem, tile, *place))
-    return Schedule(tuple(s for share in shares for s in share), starts(shares), table, slots)
+    table = tuple(piece for tile, *place in summed for piece in finishes(stage, tile, *place))
+    return Schedule(flat(shares), starts(shares), table, slots)
 
 
 def cut_evenly(m_tiles: int, tiles: list[list[Part]], block_k: int, programs: int, tolerance: float):
@@ -229,9 +311,36 @@ def mark_unfinished(share: list[Segment]) -> None:
     share[-2] = replace(share[-2], is_last=0)
 
 
-def starts(shares: list[list[Segment]]) -> tuple[int, ...]:
+def flat(shares: Sequence[Sequence[Segment]]) -> tuple[Segment, ...]:
+    """All shares' segments in a row."""
+    return tuple(segment for share in shares for segment in share)
+
+
+def starts(shares: Sequence[Sequence[Segment]]) -> tuple[int, ...]:
     """Running total of the shares' lengths, from 0."""
-    out = [0]
-    for share in shares:
-        out.append(out[-1] + len(share))
-    return tuple(out)
+    return tuple(accumulate(map(len, shares), initial=0))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The schedules of all stages of a step as a kernel reads them."""
+
+    segments: list[list[int]]  # program by program, of each stage by stage
+    programs: tuple[int, ...]  # [programs * stages + 1]: the first segment of each program and stage
+    finishes: list[tuple[int, ...]]  # stage by stage
+    ends: tuple[int, ...]  # of each stage's finishes
+
+
+def tables(schedules: Sequence[Schedule]) -> Tables:
+    """Join the schedules of a step's stages."""
+    ends = tuple(accumulate(len(s.finishes) for s in schedules))
+    shares = []
+    for p in range(max(len(s.shares) for s in schedules)):
+        for s, end in zip(schedules, ends, strict=True):
+            before = end - len(s.finishes)
+            share = s.shares[p] if p < len(s.shares) else ()
+            shares.append(
+                [replace(x, finish_first=x.finish_first + before, finish_end=x.finish_end + before) for x in share]
+            )
+    rows = [segment.row() for segment in flat(shares)]
+    return Tables(rows, starts(shares), [f.row() for s in schedules for f in s.finishes], ends)

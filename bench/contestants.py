@@ -127,7 +127,7 @@ def builders(
 
     def layer(**options) -> MKConvLSTM:
         torch.manual_seed(0)
-        return MKConvLSTM(workload.channels, workload.kernels, device=device, **options)
+        return MKConvLSTM(workload.channels, workload.kernels, mix=workload.mix, device=device, **options)
 
     def peer(make: type[nn.Module]) -> nn.Module:
         return make(layer()).to(device, dtype)

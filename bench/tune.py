@@ -27,7 +27,7 @@ def candidates(problem: plan.Problem, backward: bool, sms: int, shared_memory: i
     """Configurations that fit; the one that ``plan.choose`` has now comes first."""
     yield CHOOSE(problem, backward, sms, shared_memory)
     channels = max(k.channels for k in problem.kernels)
-    columns = problem.hidden if backward else 4 * channels
+    columns = problem.hidden if backward or problem.mix else 4 * channels
     depth = 4 * channels if backward else problem.hidden
     for block_m, block_n, block_k, split, programs in itertools.product(
         (64, 128), (64, 128, 256), (32, 64, 128), (False, True), (1, 2, 3)
@@ -50,18 +50,20 @@ class Trial:
         options = {"device": "cuda", "dtype": dtype}
         batch, self.steps, _, height, width = workload.shape
         hidden, self.backward = workload.hidden_channels, backward
-        self.weights = TransitionWeights(
-            tuple(
-                BranchWeights(torch.randn(4 * n, hidden, k, k, **options) / (k * hidden**0.5))
-                for k, n in workload.kernels.items()
-            )
+        branches = tuple(
+            BranchWeights(torch.randn(4 * n, hidden, k, k, **options) / (k * hidden**0.5))
+            for k, n in workload.kernels.items()
         )
+        mix = None
+        if workload.mix:
+            mix = torch.randn(4 * hidden, workload.mix_depth, 1, 1, **options) / workload.mix_depth**0.5
+        self.weights = TransitionWeights(branches, mix)
 
         def states(channels: int, dtype: torch.dtype) -> torch.Tensor:
             t = torch.rand(self.steps, batch, height, width, channels, device="cuda", dtype=torch.float32)
             return t.to(dtype).permute(1, 0, 4, 2, 3)
 
-        self.parts = [states(4 * n, dtype) for n in workload.kernels.values()]
+        self.parts = [states(4 * n, dtype) for n in self.weights.parts]
         self.h = torch.rand(batch, self.steps, hidden, height, width, **options)
         self.c = states(hidden, torch.float32)
         self.problem = launch.problem_of(self.parts, self.weights)

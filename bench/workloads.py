@@ -13,6 +13,7 @@ class Workload:
         batch, steps, channels, height, width: B, T, C, H, W.
         kernels: {kernel size: hidden channels}, for input-to-hidden and hidden-to-hidden alike.
         stands_for: where such a layer is met.
+        mix: the 1x1 mix of both transitions, None, "gate" or "full".
     """
 
     name: str
@@ -23,6 +24,7 @@ class Workload:
     width: int
     kernels: dict[int, int]
     stands_for: str
+    mix: str | None = None
 
     @property
     def hidden_channels(self) -> int:
@@ -30,11 +32,17 @@ class Workload:
         return sum(self.kernels.values())
 
     @property
+    def mix_depth(self) -> int:
+        """Channels that one output of a mix sums; 0 without one."""
+        return {None: 0, "gate": self.hidden_channels, "full": 4 * self.hidden_channels}[self.mix]
+
+    @property
     def forward_flops(self) -> int:
         """Multiplications and additions of all convolutions, forward; training takes three times as many."""
         pixels = self.batch * self.steps * self.height * self.width
         taps = sum(size * size * 4 * channels for size, channels in self.kernels.items())
-        return 2 * pixels * taps * (self.channels + self.hidden_channels)
+        mixes = 2 * 4 * self.hidden_channels * self.mix_depth
+        return 2 * pixels * (taps * (self.channels + self.hidden_channels) + mixes)
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -46,6 +54,7 @@ WORKLOADS = {
     w.name: w
     for w in (
         Workload("paper_mk35", 10, 20, 512, 14, 14, {3: 128, 5: 128}, "the paper's Table II, multi-kernel"),
+        Workload("paper_mk35_mix", 10, 20, 512, 14, 14, {3: 128, 5: 128}, "Table III, multi-kernel with 1x1", "gate"),
         Workload("paper_3", 10, 20, 512, 14, 14, {3: 256}, "Table II, 3x3 baseline"),
         Workload("paper_5", 10, 20, 512, 14, 14, {5: 256}, "Table II, 5x5 baseline"),
         Workload("ucf_mk35", 10, 50, 512, 14, 14, {3: 256, 5: 256}, "Table I, UCF-101"),

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("peer", [UsualLoop, BatchedInputLoop])
-def test_peers_compute_what_the_layer_does(peer):
+@pytest.mark.parametrize("mix", [None, "gate", "full"])
+def test_peers_compute_what_the_layer_does(mix, peer):
     torch.manual_seed(0)
-    layer = MKConvLSTM(4, {3: 3, 5: 2}, dtype=torch.float64, backend="reference")
+    layer = MKConvLSTM(4, {3: 3, 5: 2}, mix=mix, dtype=torch.float64, backend="reference")
+    torch.nn.init.normal_(layer.cells[0].bias)
     x = torch.randn(TINY.shape, dtype=torch.float64)
     torch.testing.assert_close(peer(layer)(x), layer(x)[0], rtol=1e-12, atol=1e-12)
 
@@ -35,13 +38,20 @@ def test_operations_are_counted_as_published(name, gflop):
     assert WORKLOADS[name].forward_flops / 1e9 == pytest.approx(gflop, rel=3e-3)
 
 
-def test_operations_agree_with_torchs_own_counter():
+@pytest.mark.parametrize("mix", [None, "gate", "full"])
+def test_operations_agree_with_torchs_own_counter(mix):
     from torch.utils.flop_counter import FlopCounterMode
 
-    layer = MKConvLSTM(TINY.channels, TINY.kernels)
+    workload = replace(TINY, mix=mix)
+    layer = MKConvLSTM(workload.channels, workload.kernels, mix=mix)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        UsualLoop(layer)(torch.randn(TINY.shape))
-    assert counter.get_total_flops() == TINY.forward_flops
+        UsualLoop(layer)(torch.randn(workload.shape))
+    assert counter.get_total_flops() == workload.forward_flops
+
+
+def test_a_workload_with_a_mix_is_checked_and_timed():
+    records = measure.run_workload(replace(TINY, mix="gate"), CPU, torch.float32, 1.0, 0.01)
+    assert {"usual loop", "loop, input batched, channels-last", "ours, aten"} <= {r.contestant for r in records}
 
 
 def test_nothing_wrong_is_timed(monkeypatch):

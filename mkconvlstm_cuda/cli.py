@@ -192,7 +192,7 @@ def bench(
 @app.command()
 def forecast(
     output: Annotated[Path, typer.Option(help="Folder for pictures, metrics and checkpoint.")] = Path("demo"),
-    minutes: Annotated[Optional[float], typer.Option(help="Training time, 1.75 by default; not with --steps.")] = None,  # noqa: UP045
+    minutes: Annotated[Optional[float], typer.Option(help="Training time, 1.4 by default; not with --steps.")] = None,  # noqa: UP045
     steps: Annotated[Optional[int], typer.Option(help="Training steps, for a run that repeats exactly.")] = None,  # noqa: UP045
     mnist: Annotated[
         Path | None, typer.Option(help="Folder with MNIST's IDX files, in place of scikit-learn's digits.")

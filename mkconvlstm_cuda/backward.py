@@ -176,8 +176,8 @@ class LayerBackward:
 
 
 def images_of(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Parts [B, T, 4*F_p, H, W] as images [T*B, 4*F_p, H, W]."""
-    return [p.transpose(0, 1).flatten(0, 1) for p in parts]
+    """Parts [B, T, 4*F_p, H, W] as images [T*B, 4*F_p, H, W], channels-last to the last stride."""
+    return [p.permute(1, 0, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2) for p in parts]
 
 
 def add(totals: list[Tensor | None], grads: list[Tensor | None]) -> None:

@@ -60,9 +60,15 @@ def tile_size(weight: Tensor, dilation: Sequence[int], images: tuple[int, int, i
     outputs, channels, height, width = weight.shape
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or height != width or tuple(dilation) != (1, 1):
         return None
-    if torch.compiler.is_compiling() or library.load("cpu") is not None:
+    if torch.compiler.is_compiling() or library.load("cpu") is not None or not exact_products():
         return None
     return fourier.plan(fourier.Problem(images, channels, outputs, height, uses))
+
+
+def exact_products() -> bool:
+    """Whether torch multiplies float32 matrices as such on CPUs, as by default; its convolutions have other switches."""
+    switches = (torch.backends.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+    return all(precision in ("none", "ieee") for precision in switches)
 
 
 def runs_in_onednn(weight: Tensor) -> bool:

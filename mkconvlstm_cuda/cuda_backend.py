@@ -37,7 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`aten.forward`; ``bias`` [4F] is added to z."""
     if sm90.refusal(z, hidden, peephole) is None:
-        return sm90.forward(z, hidden.with_bias(bias), h_0, c_0, keep)
+        return sm90.forward(z, hidden, h_0, c_0, keep, bias)
     if simt.refusal(z, hidden) is None:
         return simt.forward(z, hidden, h_0, c_0, peephole, output_peephole, keep, bias)
     if bias is not None:

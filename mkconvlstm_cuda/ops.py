@@ -60,7 +60,7 @@ def _sequence_forward_fake(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, o
 def _sequence_backward(
     gates, h, c, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths, backend
 ):
-    """Backward through all T steps; weight gradients are left to :func:`convolution.gradients`.
+    """Backward through all T steps; weight gradients are left to :func:`convolution.weight_gradients`.
 
     Args:
         gates: the parts, activated; overwritten by the gradients of the pre-activations.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .convolution import TransitionWeights
+from .convolution import TransitionWeights, split_gates, whole_bias
 
 
 def refusal(z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | None) -> str | None:
@@ -22,6 +22,8 @@ def refusal(z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | N
         return "its hidden transition has a 1x1 mix or bottlenecks"
     if any(tuple(b.dilation) != (1, 1) for b in hidden.branches):
         return "its hidden transition is dilated"
+    if part.numel() // part.shape[2] * sum(hidden.sizes) >= 2**31:
+        return "h would have 2^31 elements or more"
     branches = tuple((*b.weight.shape[2:], b.weight.shape[0] // 4) for b in hidden.branches)
     limits = device_limits(part.device)
     return limits if isinstance(limits, str) else plan_refusal(part.shape[0], *part.shape[3:], branches, *limits)
@@ -73,6 +75,11 @@ def in_place(x: Tensor) -> Tensor:
     return view
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x`` itself, or a copy of it, that begins at a multiple of 16 bytes."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def pair(values: list) -> list:
     return [*values, None] if len(values) == 1 else values
 
@@ -83,6 +90,7 @@ def forward(
     h_0: Tensor | None,
     c_0: Tensor | None,
     keep: bool,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """All T steps.
 
@@ -93,6 +101,7 @@ def forward(
         h_0: [B, F, H, W] in z's dtype, or None for zeros.
         c_0: [B, F, H, W] float32, or None for zeros.
         keep: keep gates and all cell states for backward.
+        bias: [4F], gate-major, added to z too; or None.
 
     Returns:
         h [B, T, F, H, W] contiguous; c [B, T, F, H, W] float32, with ``keep``, else the last step's
@@ -102,10 +111,11 @@ def forward(
     channels = sum(hidden.sizes)
     h = z[0].new_empty((batch, steps, channels, height, width))
     c = z[0].new_empty((steps if keep else 1, batch, height, width, channels), dtype=torch.float32)
-    biases = [None if b.bias is None else b.bias.float().contiguous() for b in hidden.branches]
+    bias = whole_bias(hidden, bias)
+    biases = [None] * len(z) if bias is None else split_gates(bias.float(), hidden.sizes)
     torch.ops.mkconvlstm.sm90_forward(
         *pair([in_place(part) for part in z]),
-        *pair([b.weight.contiguous() for b in hidden.branches]),
+        *pair([aligned(b.weight.contiguous()) for b in hidden.branches]),
         *pair(biases),
         h,
         c,

@@ -9,7 +9,7 @@ from mkconvlstm_cuda.bench.contestants import Contestant
 from mkconvlstm_cuda.bench.measure import kept_bytes
 from problems import LIVE, PROBLEMS, Problem, assert_close, backends_here
 
-from mkconvlstm_cuda import MKConvLSTM, aten, backward, compiled, dispatch, library
+from mkconvlstm_cuda import Branch, FlowAttention, MKConvLSTM, aten, backward, compiled, dispatch, library
 from mkconvlstm_cuda.check import ROUNDING
 
 WEIGHTS_ONLY = [name for name in PROBLEMS if name not in LIVE]
@@ -41,6 +41,22 @@ def test_backward_in_many_spans_agrees(name, recompute, monkeypatch):
     monkeypatch.setattr("mkconvlstm_cuda.backward.SPAN_BYTES", 1)
     problem = PROBLEMS[name]
     assert_close(problem.run("aten", recompute=recompute), problem.run("reference"), 1e-10)
+
+
+@pytest.mark.parametrize("options", [{"norm": "batch"}, {"norm": "batch", "attention": FlowAttention(1)}], ids=str)
+@pytest.mark.parametrize("pool", [False, True])
+def test_one_image_through_a_live_input_transition(options, pool):
+    """torch's batch norm in eval takes odd strides of a gradient's single image for what they are not."""
+    problem = Problem([Branch(1, 2, pool=pool)], {"hidden_kernels": {3: 2}, **options}, None, False, 1, 1, 1, (6, 3))
+    grads = []
+    for backend in ("reference", "aten"):
+        layer = problem.layer(backend).eval()
+        inputs = problem.inputs(layer)
+        y = problem.call(layer, **inputs)[0]
+        wanted = (*inputs.values(), *layer.parameters())
+        grads.append(torch.autograd.grad(y.sin().sum(), wanted, allow_unused=True))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_spans_are_even_and_complete():

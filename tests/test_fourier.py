@@ -139,3 +139,16 @@ def test_layers_are_as_close_as_torch(name, recompute, monkeypatch):
         error, torch_error = (float((r[n].double() - exact[n]).norm() / exact[n].norm()) for r in (ours, torchs))
         assert error <= max(2 * torch_error, ROUNDING[torch.float32]), n
     assert taken
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_in_less_than_float32_are_nobodys_wish(precision):
+    """Lower precision for matrix products is none for convolutions: torch's own keep theirs."""
+    before = torch.get_float32_matmul_precision()
+    weight = torch.randn(32, 32, 7, 7)
+    assert cpu_convolution.tile_size(weight, (1, 1), (4, 48, 48)) is not None
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert cpu_convolution.tile_size(weight, (1, 1), (4, 48, 48)) is None
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -95,7 +95,7 @@ def test_forward(problem, dtype, state):
     for keep in (True, True, False):
         parts = [part.clone(memory_format=torch.preserve_format) for part in z]
         poison((want_h.numel(), dtype), (want_c.numel(), torch.float32), (2 * want_h.numel(), dtype))
-        results.append((*sm90.forward(parts, weights, h_0, c_0, keep), parts))
+        results.append((*sm90.forward(parts, weights, h_0, c_0, keep, None), parts))
     h, c, gates = results[0]
     assert h.is_contiguous()
     for got, want in [(h, want_h), (c, want_c), *zip(gates, want_gates, strict=True)]:

@@ -31,6 +31,10 @@ def check_layouts(device) -> None:
             torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0)
         flat = images(shape, TIME_MAJOR).to(device).transpose(0, 1).flatten(0, 1)
         torch.testing.assert_close(layout.channel_sums(flat), flat.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    video = images((2, 3, 5, 4, 4), (0, 2, 1, 3, 4)).to(device)  # in memory [B, C, T, H, W]
+    y = torch.full_like(images(video.shape, TIME_MAJOR), float("nan"), device=device)
+    assert layout.copy(y, video)
+    torch.testing.assert_close(y, video, rtol=0, atol=0)
     odd = images((2, 3, 5, 7, 3), (0, 1, 3, 2, 4)).to(device)
     assert not layout.copy(torch.empty_like(odd), odd)
 

@@ -127,7 +127,9 @@ def update_gradients(
         i, f, g, o = load_gates(z, part_channels, mask)
         c = c_ptr + step * rows * hidden + image
         c_t = tl.load(c, mask=mask, other=0.0)
-        c_prev = tl.load(c - rows * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0).to(tl.float32)
+        c_prev = tl.load(c - widen(rows) * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0).to(
+            tl.float32
+        )
         dc = tl.load(dc_ptr + image, mask=mask & (step + 0 * channel < steps - 1)[None, :], other=0.0)
         if HAS_DH:
             dh_row = (b * dh_stride_b + step * dh_stride_t + pixel * dh_stride_p)[:, None]

@@ -108,7 +108,7 @@ def update_state(
     c = c_ptr + image
     if KEEP:
         c += step * rows * hidden
-        c_prev = tl.load(c - rows * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0)
+        c_prev = tl.load(c - widen(rows) * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0)
     else:
         c_prev = tl.load(c, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0)
     u_i, u_f, u_g, u_o = sum_gates(

@@ -319,8 +319,10 @@ def backward(
     weights = pack(hidden, p)
     partial, counter = p.scratch()
     parts = tuple(map(in_order, gates))
-    if dh is not None and dh.stride(3) != width * dh.stride(4):
-        dh = dh.contiguous()
+    if dh is not None:
+        extents = (dh.shape[2] * dh.stride(2), dh.shape[3] * width * dh.stride(4))
+        if dh.stride(3) != width * dh.stride(4) or max(extents) >= 2**31:
+            dh = dh.contiguous()
     if c_0 is not None:
         c_0 = channels_last(c_0)
     if dc_n is not None:

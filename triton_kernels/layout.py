@@ -25,6 +25,7 @@ def copy_kernel(
     channels,
     pixels,
     p_tiles,
+    c_tiles,
     SOURCE_RUN: tl.constexpr,  # divide all strides but 1, and the number of what lies side by side
     TARGET_RUN: tl.constexpr,
     CHANNEL_RUN: tl.constexpr,  # divides the channels
@@ -34,12 +35,13 @@ def copy_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """[BLOCK_P, BLOCK_C] of image (b, t) = program 0: read along what is contiguous there, written likewise."""
-    image = tl.program_id(0).to(tl.int64)
+    """[BLOCK_P, BLOCK_C] of an image: read along what is contiguous there, written likewise."""
+    tile = tl.program_id(0) % (p_tiles * c_tiles)
+    image = (tl.program_id(0) // (p_tiles * c_tiles)).to(tl.int64)
     b = image // steps
     t = image % steps
-    p = tl.program_id(1) % p_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.program_id(1) // p_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = tile % p_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tile // p_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (p < pixels // PIXEL_RUN * PIXEL_RUN)[:, None] & (c < channels // CHANNEL_RUN * CHANNEL_RUN)[None, :]
     source = source_ptr + (b * source_b + t * source_t) * SOURCE_RUN
     if FROM_CHANNELS_LAST:
@@ -57,7 +59,7 @@ def copy_kernel(
 def side(x: Tensor) -> tuple[bool, int, tuple[int, int, int]] | None:
     """Whether ``x`` [B, T, C, H, W] is channels-last, what divides its strides, and those (b, t, outer), divided.
 
-    None where neither channels nor pixels lie side by side.
+    None where neither channels nor pixels lie side by side, or an image spans 2^31 elements.
     """
     _, _, channels, height, width = x.shape
     stride_b, stride_t, stride_c, stride_h, stride_w = x.stride()
@@ -65,6 +67,8 @@ def side(x: Tensor) -> tuple[bool, int, tuple[int, int, int]] | None:
         return None
     last = stride_c == 1 and (stride_w != 1 or channels > 1)
     if not last and stride_w != 1:
+        return None
+    if (height * width if last else channels) * (stride_w if last else stride_c) >= 2**31:
         return None
     strides = (stride_b, stride_t, stride_w if last else stride_c)
     run = run_of(16, *strides, channels if last else height * width)
@@ -75,7 +79,7 @@ def copy(target: Tensor, source: Tensor) -> bool:
     """``target.copy_(source)``, both [B, T, C, H, W] on a GPU; False, and nothing done, where strides are others."""
     batch, steps, channels, height, width = source.shape
     from_side, to_side = side(source), side(target)
-    if source.numel() == 0 or from_side is None or to_side is None or channels * height * width >= 2**31:
+    if source.numel() == 0 or from_side is None or to_side is None:
         return False
     from_last, from_run, from_strides = from_side
     to_last, to_run, to_strides = to_side
@@ -93,8 +97,12 @@ def copy(target: Tensor, source: Tensor) -> bool:
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
     }
-    grid = (batch * steps, p_tiles * -(-channels // block_c), 1)
-    launch(copy_kernel, grid, (source, target, *from_strides, *to_strides, steps, channels, pixels, p_tiles), options)
+    c_tiles = -(-channels // block_c)
+    programs = batch * steps * p_tiles * c_tiles
+    if programs >= 2**31:
+        return False
+    sizes = (steps, channels, pixels, p_tiles, c_tiles)
+    launch(copy_kernel, (programs, 1, 1), (source, target, *from_strides, *to_strides, *sizes), options)
     return True
 
 

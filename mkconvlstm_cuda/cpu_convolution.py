@@ -66,7 +66,7 @@ def tile_size(weight: Tensor, dilation: Sequence[int], images: tuple[int, int, i
 
 
 def exact_products() -> bool:
-    """Whether torch multiplies float32 matrices as such on CPUs, as by default; its convolutions have other switches."""
+    """Whether torch multiplies float32 matrices exactly on CPUs, as by default; convolutions have another switch."""
     switches = (torch.backends.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
     return all(precision in ("none", "ieee") for precision in switches)
 

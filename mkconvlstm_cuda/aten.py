@@ -136,14 +136,13 @@ def recompute_gates(
     c_0: Tensor | None,
     peephole: Tensor | None,
     output_peephole: str,
-    gate_step: Callable | None = None,
 ) -> None:
-    """Gates of all steps at once, written over ``z``: every h_{t-1} and c_{t-1} is known by now."""
+    """Gates of all steps at once, written over ``z``, for every backend: all h_{t-1} and c_{t-1} are known by now."""
     h_prev, c_prev = previous(h, h_0, h.dtype), previous(c, c_0, accumulate_dtype(h.dtype))
     images = [p.transpose(0, 1).flatten(0, 1) for p in z]
-    gate_step = gate_step or steps_on(h.device)[0]
+    step = compiled.gate_step if library.load(h.device.type) is None else gate_step
     hidden = hidden.channels_last().prepared((h_prev.shape[0], *h_prev.shape[2:]), 1)
-    gate_step(images, transition_parts(h_prev, hidden), c_prev, peephole, output_peephole)
+    step(images, transition_parts(h_prev, hidden), c_prev, peephole, output_peephole)
 
 
 def gate_step_backward(

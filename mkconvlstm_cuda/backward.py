@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import aten, compiled, layout, library, ops
+from . import aten, layout, ops
 from .convolution import (
     TransitionWeights,
     input_gradient,
@@ -66,16 +66,15 @@ class LayerBackward:
     needs_bias: bool
     dh_0: Tensor | None = None  # of the state before the steps whose recurrence ran last
     dc_0: Tensor | None = None
+    dx: Tensor | None = None  # [B, T, C, H, W], where needs_x
     input_grads: list[Tensor | None] = field(init=False)
     hidden_grads: list[Tensor | None] = field(init=False)
-    dx: Tensor | None = field(init=False)
     dpeephole: Tensor | None = field(init=False)
     dbias: list[Tensor | None] | None = field(init=False)  # [4*F_p] of each part
 
     def __post_init__(self):
         self.w_x = None if self.w_x is None else self.w_x.channels_last()
         self.input_grads, self.hidden_grads = [None] * len(self.needs_input), [None] * len(self.needs_hidden)
-        self.dx = None
         self.dpeephole = torch.zeros_like(self.peephole) if self.needs_peephole else None
         self.dbias = [None] * len(self.w_h.parts) if self.needs_bias else None
 
@@ -120,10 +119,9 @@ class LayerBackward:
             self.activate([p[:, here] for p in z], here)
 
     def activate(self, z: list[Tensor], here: slice) -> None:
-        has_compiled = library.load(self.h.device.type) is None
         aten.recompute_gates(
             z, self.h[:, here], self.c[:, here], self.w_h, *self.state_before(here.start), self.peephole,
-            self.output_peephole, compiled.gate_step if has_compiled else aten.gate_step,
+            self.output_peephole,
         )  # fmt: skip
 
     def recurrence(self, gates: list[Tensor], here: slice) -> None:

@@ -6,15 +6,6 @@ from problems import assert_as_close
 from triton_problems import LARGE, PROBLEMS_HERE, SERVED, check_biases_around_a_mix, gpu
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that nobody has written holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*SERVED, *LARGE])
 class TestOnGpu:

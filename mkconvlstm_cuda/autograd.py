@@ -144,6 +144,8 @@ class SequenceFunction(Function):
         z = None if z is None else z.detach()  # it is ours alone: overwritten without its graph's knowledge
         whole = [slice(0, x.shape[1])]
         here = pieces(x, sum(w_h.sizes), options.dtype) if options.recompute and w_x is not None else whole
+        if len(here) > 1:
+            w_x = w_x.channels_last()  # once for all of them
         parts = (preactivations(x[:, t], z, w_x, w_h, options.dtype, options.bias_of_input(bias)) for t in here)
         gates, h, c, c_n = forward_in_pieces(options, parts, w_h, h_0, c_0, peephole, bias, lengths)
         kept_x = None if w_x is None else x
@@ -184,7 +186,7 @@ class SequenceFunction(Function):
         )  # fmt: skip
         del c
         if options.recompute and w_x is not None:
-            run.in_pieces(lambda here: preactivations(x[:, here], None, w_x, w_h, options.dtype, bias))
+            run.in_pieces(lambda here: preactivations(x[:, here], None, run.w_x, w_h, options.dtype, bias))
         elif options.recompute:
             dz = preactivations(h, options.recompute_z().detach(), None, w_h, options.dtype, bias)
             run.recompute(dz)

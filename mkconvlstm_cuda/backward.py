@@ -25,20 +25,22 @@ from .convolution import (
 )
 from .reference import accumulate_dtype
 
-SPAN_BYTES = 32 << 20  # of copies of x and h at a time; in pieces that are recomputed, of their gates too
+SPAN_BYTES = 32 << 20  # that a span may always take
 
 
-def spans(steps: int, bytes_each: int) -> list[slice]:
-    """``steps`` in as few even spans as keep to SPAN_BYTES, one after another."""
-    count = min(steps, max(1, -(-steps * bytes_each // SPAN_BYTES)))
+def spans(steps: int, bytes_each: int, kept: int) -> list[slice]:
+    """``steps`` in as few even spans as take no more than SPAN_BYTES, or what is ``kept`` of each all the time."""
+    most = max(SPAN_BYTES, steps * kept)
+    count = min(steps, max(1, -(-steps * bytes_each // most)))
     ends = [steps * n // count for n in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def pieces(x: Tensor, hidden_channels: int, dtype: torch.dtype) -> list[slice]:
-    """The steps of ``x`` [B, T, C, H, W] in spans whose x, h and gates in ``dtype`` keep to SPAN_BYTES."""
+    """The steps of ``x`` [B, T, C, H, W] in spans of x, h and gates in ``dtype``, where h and c alone are kept."""
     batch, steps, channels, height, width = x.shape
-    return spans(steps, batch * (channels + 5 * hidden_channels) * height * width * dtype.itemsize)
+    values = batch * height * width * dtype.itemsize
+    return spans(steps, (channels + 5 * hidden_channels) * values, 2 * hidden_channels * values)
 
 
 @dataclass
@@ -79,10 +81,10 @@ class LayerBackward:
         self.dbias = [None] * len(self.w_h.parts) if self.needs_bias else None
 
     @property
-    def step_bytes(self) -> int:
-        """Bytes of x and h of one step, in the dtype of the convolutions."""
-        values = self.h[:, 0].numel() + (0 if self.x is None else self.x[:, 0].numel())
-        return values * self.dtype.itemsize
+    def spans(self) -> list[slice]:
+        """All steps in spans of x and h in the dtype of the convolutions, where h is kept anyway."""
+        of_h, of_x = self.h[:, 0].numel(), 0 if self.x is None else self.x[:, 0].numel()
+        return spans(self.h.shape[1], (of_h + of_x) * self.dtype.itemsize, of_h * self.dtype.itemsize)
 
     def state_before(self, step: int) -> tuple[Tensor | None, Tensor | None]:
         """h and c, the latter in the accumulate dtype, before ``step``."""
@@ -95,7 +97,9 @@ class LayerBackward:
         steps = self.h.shape[1]
         self.recurrence(gates, slice(0, steps))
         self.c = None  # not needed any more, and large
-        for here in spans(steps, self.step_bytes):
+        if self.needs_bias:
+            self.bias(images_of(gates))
+        for here in self.spans:
             self.weights(images_of([p[:, here] for p in gates]), here)
         if self.needs_x:
             images = images_of(gates)
@@ -109,13 +113,15 @@ class LayerBackward:
             self.activate(gates, here)
             self.recurrence(gates, here)
             images = images_of(gates)
+            if self.needs_bias:
+                self.bias(images)
             self.weights(images, here)
             if self.needs_x:
                 self.input(images, here)
 
     def recompute(self, z: list[Tensor]) -> None:
         """The gates of all steps, written over the pre-activations ``z``."""
-        for here in spans(self.h.shape[1], self.step_bytes):
+        for here in self.spans:
             self.activate([p[:, here] for p in z], here)
 
     def activate(self, z: list[Tensor], here: slice) -> None:
@@ -146,10 +152,12 @@ class LayerBackward:
         if self.dpeephole is not None:
             self.dpeephole += aten.peephole_gradient(gates, self.c[:, here], c_0, self.peephole, self.output_peephole)
 
+    def bias(self, images: list[Tensor]) -> None:
+        """Add what some steps' ``images`` have to say of the bias' gradient."""
+        add(self.dbias, list(map(layout.channel_sums, images)))
+
     def weights(self, images: list[Tensor], here: slice) -> None:
         """Add what the steps ``here`` have to say of all weights' gradients."""
-        if self.needs_bias:
-            add(self.dbias, list(map(layout.channel_sums, images)))
         if any(self.needs_hidden):
             # h_{-1} = 0 has nothing to add
             skip = here.start == 0 and self.h_0 is None and here.stop > 1 and not self.w_h.has_bias

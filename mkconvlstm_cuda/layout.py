@@ -7,6 +7,9 @@ from torch import Tensor
 
 from . import triton_backend
 
+FEWEST = 1 << 19  # elements that our own copy pays for: torch's is slow on the GPU, ours takes longer to launch
+FEWEST_SUMMED = 1 << 22
+
 
 def has_kernels(*tensors: Tensor) -> bool:
     """Whether Triton kernels may stand in for torch: nothing has to see, trace or differentiate what they do."""
@@ -14,12 +17,12 @@ def has_kernels(*tensors: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return not torch.compiler.is_compiling() and triton_backend.available() is None
+    return not torch.compiler.is_compiling() and triton_backend.installed()
 
 
 def copy(target: Tensor, source: Tensor) -> None:
     """``target.copy_(source)`` for [B, T, C, H, W] of any strides and dtypes."""
-    if has_kernels(target, source):
+    if source.numel() >= FEWEST and has_kernels(target, source):
         from .triton_kernels import layout
 
         with torch.cuda.device_of(source):
@@ -49,7 +52,7 @@ def as_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
 def channel_sums(images: Tensor) -> Tensor:
     """``images.sum((0, 2, 3))`` for ``images`` [N, C, H, W]: [C], float32 for half types."""
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
-    if has_kernels(images) and channels_last and images.dtype != torch.float64:
+    if images.numel() >= FEWEST_SUMMED and has_kernels(images) and channels_last and images.dtype != torch.float64:
         from .triton_kernels import layout
 
         with torch.cuda.device_of(images):

@@ -19,10 +19,15 @@ def installed() -> bool:
     return find_spec("triton") is not None
 
 
+@functools.cache
+def finds_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def available() -> str | None:
     if not installed():
         return "the package triton is not installed"
-    if not torch.cuda.is_available() and not interpreted():
+    if not finds_gpu() and not interpreted():
         return "torch finds no GPU"
     return None
 

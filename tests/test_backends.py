@@ -60,12 +60,14 @@ def test_one_image_through_a_live_input_transition(options, pool):
 
 
 def test_spans_are_even_and_complete():
-    for steps, bytes_each in ((1, 1), (20, 3 << 20), (7, 1 << 30), (5, 0)):
-        pieces = backward.spans(steps, bytes_each)
+    for steps, bytes_each, kept in ((1, 1, 0), (20, 3 << 20, 1 << 20), (7, 1 << 30, 0), (5, 0, 0), (20, 90, 30 << 20)):
+        pieces = backward.spans(steps, bytes_each, kept)
         assert [t for piece in pieces for t in range(piece.start, piece.stop)] == list(range(steps))
         sizes = {piece.stop - piece.start for piece in pieces}
         assert max(sizes) - min(sizes) <= 1
-        assert max(sizes) == 1 or max(sizes) * bytes_each <= backward.SPAN_BYTES
+        most = max(backward.SPAN_BYTES, steps * kept)
+        assert max(sizes) == 1 or max(sizes) * bytes_each <= most
+        assert min(sizes) == steps or steps * bytes_each > most
 
 
 @pytest.mark.parametrize("backend", backends_here())

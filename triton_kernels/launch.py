@@ -30,31 +30,38 @@ PACKED_TAPS = 8  # of one program of pack_kernel
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-LAUNCHED: dict[tuple, object] = {}  # compiled kernels
+LAUNCHED: dict[tuple, tuple] = {}  # compiled kernels, and the options that are arguments of theirs
 
 
 def launch(kernel, grid: tuple[int, int, int], arguments: tuple, options: dict) -> None:
     """``kernel[grid](*arguments, **options)``, several times faster on the host where the like was launched before."""
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    key = (id(kernel), device, *map(traits, arguments), *options.values())
-    compiled = LAUNCHED.get(key)
-    if compiled is None:
-        compiled = kernel[grid](*arguments, **options)
-        if isinstance(compiled, triton.compiler.CompiledKernel):
-            if len(LAUNCHED) > 1000:
-                LAUNCHED.clear()
-            LAUNCHED[key] = compiled
-    else:
-        compiled[grid](*arguments, *(options[name] for name in kernel.arg_names[len(arguments) :]))
+    if INTERPRETED:
+        kernel[grid](*arguments, **options)
+        return
+    key = (id(kernel), torch.cuda.current_device(), traits(arguments), *options.values())
+    known = LAUNCHED.get(key)
+    if known is not None:
+        compiled, constants = known
+        compiled[grid](*arguments, *constants)
+        return
+    compiled = kernel[grid](*arguments, **options)
+    if len(LAUNCHED) > 1000:
+        LAUNCHED.clear()
+    LAUNCHED[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
 
 
-def traits(argument) -> object:
-    """What of an argument a kernel may have been specialised for."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
-    if isinstance(argument, tuple):
-        return tuple(map(traits, argument))
-    return argument if isinstance(argument, int) else None
+def traits(arguments: tuple) -> tuple:
+    """What of each argument a kernel may have been specialised for."""
+    return tuple(
+        (a.dtype, a.data_ptr() % 16)
+        if isinstance(a, Tensor)
+        else a
+        if isinstance(a, int)
+        else traits(a)
+        if isinstance(a, tuple)
+        else None
+        for a in arguments
+    )
 
 
 @dataclass(frozen=True)

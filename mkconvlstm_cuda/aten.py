@@ -1,7 +1,7 @@
 """The ``aten`` backend: forward and backward written by hand from torch operations, for CPUs and any other device.
 
 It computes what ``reference`` does, in the form that every fused backend shares: gates overwrite the pre-activations,
-gate gradients overwrite the gates, and whatever needs no recurrence (weight gradients, recomputed gates) is done once
+gate gradients overwrite the gates, and whatever needs no recurrence (the gradients of weights and input) is done once
 over all T. Time is outermost in memory, images are channels-last, and a step updates them in place. Pre-activations,
 gates and their gradients come in parts (see :mod:`convolution`), each seen as [B, T, 4*F_p, H, W].
 """
@@ -125,24 +125,6 @@ def forward(
         hs[:, t] = h
         cs[:, t if keep else 0] = c
     return hs, cs
-
-
-def recompute_gates(
-    z: Parts,
-    h: Tensor,
-    c: Tensor,
-    hidden: TransitionWeights,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    peephole: Tensor | None,
-    output_peephole: str,
-) -> None:
-    """Gates of all steps at once, written over ``z``, for every backend: all h_{t-1} and c_{t-1} are known by now."""
-    h_prev, c_prev = previous(h, h_0, h.dtype), previous(c, c_0, accumulate_dtype(h.dtype))
-    images = [p.transpose(0, 1).flatten(0, 1) for p in z]
-    step = compiled.gate_step if library.load(h.device.type) is None else gate_step
-    hidden = hidden.channels_last().prepared((h_prev.shape[0], *h_prev.shape[2:]), 1)
-    step(images, transition_parts(h_prev, hidden), c_prev, peephole, output_peephole)
 
 
 def gate_step_backward(

@@ -107,13 +107,13 @@ def forward_in_pieces(
     """The recurrence over consecutive ``parts`` of all steps.
 
     Returns:
-        What to keep of it, and the last c: the gates (none with ``recompute``), h and c [B, T, F, H, W] (c in h's
-        dtype with ``recompute``), and c after each sequence's last step [B, F, H, W].
+        The gates; h and c [B, T, F, H, W]; and c after each sequence's last step [B, F, H, W]. With ``recompute`` c
+        after each of ``parts`` but the last, [B, F, H, W], in place of the gates, and None in place of c.
     """
     done, hs, cs, c_n = 0, [], [], None
+    keep = not options.recompute or lengths is not None
     for z in parts:
-        state = (h_0, c_0, peephole, options.output_peephole, options.bias_of_hidden(bias))
-        h, c = ops.sequence_forward(z, w_h.tensors(), *options.hidden_form, *state, True, options.backend)
+        h, c = run_recurrence(options, z, w_h, h_0, c_0, peephole, bias, keep)
         steps = h.shape[1]
         if lengths is None or c_n is None:
             c_n = last_states(c, None if lengths is None else lengths.clamp(1, steps))
@@ -121,21 +121,36 @@ def forward_in_pieces(
             ends = lengths - done
             c_n = last_states(c, ends.clamp(1, steps)).where((ends > 0).view(-1, 1, 1, 1), c_n)
         done += steps
-        h_0, c_0 = h[:, -1], c[:, -1]
+        h_0, c_0 = h[:, -1], c[:, -1].clone() if options.recompute and keep else c[:, -1]
         hs.append(h)
-        cs.append(c.to(h.dtype) if options.recompute else c)
-    if len(hs) > 1:
-        hs = [torch.cat(hs, 1)]
-        cs = [torch.cat([c.permute(1, 0, 3, 4, 2) for c in cs]).permute(1, 0, 4, 2, 3)]
-    return [] if options.recompute else z, hs[0], cs[0], c_n
+        cs.append(c_0)
+    h = hs[0] if len(hs) == 1 else torch.cat(hs, 1)
+    return (cs[:-1], h, None, c_n) if options.recompute else (z, h, c, c_n)
+
+
+def run_recurrence(
+    options: SequenceOptions,
+    z: list[Tensor],
+    w_h: TransitionWeights,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    peephole: Tensor | None,
+    bias: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`ops.sequence_forward` by the backend of ``options``, b added to ``z`` where it is not in there yet."""
+    bias = options.bias_of_hidden(bias)
+    args = (w_h.tensors(), *w_h.form, h_0, c_0, peephole, options.output_peephole, bias, keep, options.backend)
+    return ops.sequence_forward(z, *args)
 
 
 class SequenceFunction(Function):
     """z_t = X(x_t) + U(h_{t-1}) + b and the recurrence, with the backward of the backend that ran forward.
 
-    Between forward and backward it keeps x as it came, h and c of all steps, and either the gates or, with
-    ``recompute`` (c then in h's dtype), nothing more. Backward overwrites the gates by their gradients, unless the
-    graph is retained. A backward that is itself differentiated goes through ``reference``.
+    Between forward and backward it keeps x as it came and h of all steps; beside them c of all steps and the gates or,
+    with ``recompute``, c of a few steps, from which backward runs the recurrence once more, piece by piece. Backward
+    overwrites the gates by their gradients, unless the graph is retained. A backward that is itself differentiated goes
+    through ``reference``.
     """
 
     @staticmethod
@@ -147,9 +162,9 @@ class SequenceFunction(Function):
         if len(here) > 1:
             w_x = w_x.channels_last()  # once for all of them
         parts = (preactivations(x[:, t], z, w_x, w_h, options.dtype, options.bias_of_input(bias)) for t in here)
-        gates, h, c, c_n = forward_in_pieces(options, parts, w_h, h_0, c_0, peephole, bias, lengths)
+        kept, h, c, c_n = forward_in_pieces(options, parts, w_h, h_0, c_0, peephole, bias, lengths)
         kept_x = None if w_x is None else x
-        ctx.save_for_backward(kept_x, h, c, h_0, c_0, peephole, bias, lengths, *tensors, *gates)
+        ctx.save_for_backward(kept_x, h, c, h_0, c_0, peephole, bias, lengths, *tensors, *kept)
         ctx.options, ctx.count = options, len(tensors)
         ctx.set_materialize_grads(False)
         return h, last_states(h, lengths), c_n
@@ -169,10 +184,10 @@ class SequenceFunction(Function):
         """Backward by the backend that ran forward."""
         options = ctx.options
         x, h, c, h_0, c_0, peephole, bias, lengths, *rest = ctx.saved_tensors
-        tensors, gates = rest[: ctx.count], rest[ctx.count :]
+        tensors, kept = rest[: ctx.count], rest[ctx.count :]
         del rest
         if keeps_graph():
-            gates = [g.clone() for g in gates]
+            kept = kept if options.recompute else [gates.clone() for gates in kept]
         else:  # from here on nothing but what is still needed holds memory
             ctx.maybe_clear_saved_tensors()
             ctx.options = None
@@ -185,14 +200,18 @@ class SequenceFunction(Function):
             needs_bias,
         )  # fmt: skip
         del c
+
+        def activate(z: list[Tensor], h_0: Tensor | None, c_0: Tensor | None) -> Tensor:
+            return run_recurrence(options, z, w_h, h_0, c_0, peephole, bias, True)[1]
+
+        in_z, dz = options.bias_of_input(bias), kept
         if options.recompute and w_x is not None:
-            run.in_pieces(lambda here: preactivations(x[:, here], None, run.w_x, w_h, options.dtype, bias))
+            run.in_pieces(kept, lambda t: preactivations(x[:, t], None, w_x, w_h, options.dtype, in_z), activate)
         elif options.recompute:
-            dz = preactivations(h, options.recompute_z().detach(), None, w_h, options.dtype, bias)
-            run.recompute(dz)
+            dz = preactivations(h, options.recompute_z().detach(), None, w_h, options.dtype, in_z)
+            run.c = activate(dz, h_0, c_0)
             run.at_once(dz)
         else:
-            dz = gates
             run.at_once(dz)
         dz = repart(images_of(dz), w_h.parts, [h.shape[2]])[0] if needs_z else None
         return (

@@ -23,24 +23,23 @@ from .convolution import (
     time_major,
     weight_gradients,
 )
-from .reference import accumulate_dtype
 
 SPAN_BYTES = 32 << 20  # that a span may always take
+MOST_PIECES = 5
 
 
-def spans(steps: int, bytes_each: int, kept: int) -> list[slice]:
-    """``steps`` in as few even spans as take no more than SPAN_BYTES, or what is ``kept`` of each all the time."""
-    most = max(SPAN_BYTES, steps * kept)
-    count = min(steps, max(1, -(-steps * bytes_each // most)))
+def spans(steps: int, count: int) -> list[slice]:
+    """``steps`` in ``count`` even spans, or as many as there are steps, one after another."""
+    count = max(1, min(steps, count))
     ends = [steps * n // count for n in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def pieces(x: Tensor, hidden_channels: int, dtype: torch.dtype) -> list[slice]:
-    """The steps of ``x`` [B, T, C, H, W] in spans of x, h and gates in ``dtype``, where h and c alone are kept."""
+    """The spans of steps of ``x`` [B, T, C, H, W] that are recomputed one by one; they hold x, h and gates."""
     batch, steps, channels, height, width = x.shape
-    values = batch * height * width * dtype.itemsize
-    return spans(steps, (channels + 5 * hidden_channels) * values, 2 * hidden_channels * values)
+    bytes_of_all = batch * steps * (channels + 5 * hidden_channels) * height * width * dtype.itemsize
+    return spans(steps, min(MOST_PIECES, -(-bytes_of_all // SPAN_BYTES)))
 
 
 @dataclass
@@ -54,7 +53,7 @@ class LayerBackward:
     w_h: TransitionWeights
     x: Tensor | None  # [B, T, C, H, W]; None without w_x
     h: Tensor  # [B, T, F, H, W]
-    c: Tensor | None  # [B, T, F, H, W]; let go once it is not needed any more
+    c: Tensor | None  # [B, T, F, H, W]; None where gates are recomputed; let go once it is not needed any more
     h_0: Tensor | None
     c_0: Tensor | None
     peephole: Tensor | None
@@ -75,28 +74,24 @@ class LayerBackward:
     dbias: list[Tensor | None] | None = field(init=False)  # [4*F_p] of each part
 
     def __post_init__(self):
-        self.w_x = None if self.w_x is None else self.w_x.channels_last()
         self.input_grads, self.hidden_grads = [None] * len(self.needs_input), [None] * len(self.needs_hidden)
         self.dpeephole = torch.zeros_like(self.peephole) if self.needs_peephole else None
         self.dbias = [None] * len(self.w_h.parts) if self.needs_bias else None
 
     @property
     def spans(self) -> list[slice]:
-        """All steps in spans of x and h in the dtype of the convolutions, where h is kept anyway."""
-        of_h, of_x = self.h[:, 0].numel(), 0 if self.x is None else self.x[:, 0].numel()
-        return spans(self.h.shape[1], (of_h + of_x) * self.dtype.itemsize, of_h * self.dtype.itemsize)
+        """All steps in spans whose copies of x or h, whichever is larger, take no more than the gates do."""
+        of_h, of_x = self.h.numel() * self.dtype.itemsize, 0 if self.x is None else self.x.numel() * self.dtype.itemsize
+        return spans(self.h.shape[1], -(-max(of_h, of_x) // max(SPAN_BYTES, 4 * of_h)))
 
-    def state_before(self, step: int) -> tuple[Tensor | None, Tensor | None]:
-        """h and c, the latter in the accumulate dtype, before ``step``."""
-        if step == 0:
-            return self.h_0, self.c_0
-        return self.h[:, step - 1], self.c[:, step - 1].to(accumulate_dtype(self.dtype))
+    def h_before(self, step: int) -> Tensor | None:
+        return self.h[:, step - 1] if step else self.h_0
 
     def at_once(self, gates: list[Tensor]) -> None:
         """Everything from the ``gates`` of all steps, which become their gradients; the list is emptied for dx."""
         steps = self.h.shape[1]
-        self.recurrence(gates, slice(0, steps))
-        self.c = None  # not needed any more, and large
+        self.recurrence(gates, slice(0, steps), self.c, self.c_0)
+        self.c = self.dc_n = None  # not needed any more, and large
         if self.needs_bias:
             self.bias(images_of(gates))
         for here in self.spans:
@@ -106,12 +101,23 @@ class LayerBackward:
             gates.clear()
             self.input(images, slice(0, steps))
 
-    def in_pieces(self, preactivations: Callable[[slice], list[Tensor]]) -> None:
-        """Everything piece by piece, each from its X(x_t): with ``recompute`` no gates are ever held of all steps."""
+    def in_pieces(
+        self,
+        starts: list[Tensor],
+        preactivations: Callable[[slice], list[Tensor]],
+        activate: Callable[[list[Tensor], Tensor | None, Tensor | None], Tensor],
+    ) -> None:
+        """Everything piece by piece, each from its X(x_t): with ``recompute`` no gates are ever held of all steps.
+
+        ``starts``, emptied, are c before each piece but the first; ``activate(z, h_0, c_0)`` runs the recurrence once
+        more, writes the gates over z and returns c of all its steps.
+        """
         for here in reversed(pieces(self.x, self.h.shape[2], self.dtype)):
+            c_0 = starts.pop() if here.start else self.c_0
             gates = preactivations(here)
-            self.activate(gates, here)
-            self.recurrence(gates, here)
+            c = activate(gates, self.h_before(here.start), c_0)
+            self.recurrence(gates, here, c, c_0)
+            del c
             images = images_of(gates)
             if self.needs_bias:
                 self.bias(images)
@@ -119,19 +125,11 @@ class LayerBackward:
             if self.needs_x:
                 self.input(images, here)
 
-    def recompute(self, z: list[Tensor]) -> None:
-        """The gates of all steps, written over the pre-activations ``z``."""
-        for here in self.spans:
-            self.activate([p[:, here] for p in z], here)
+    def recurrence(self, gates: list[Tensor], here: slice, c: Tensor, c_0: Tensor | None) -> None:
+        """Backward through the steps ``here``: ``gates`` become their gradients. The later steps have been.
 
-    def activate(self, z: list[Tensor], here: slice) -> None:
-        aten.recompute_gates(
-            z, self.h[:, here], self.c[:, here], self.w_h, *self.state_before(here.start), self.peephole,
-            self.output_peephole,
-        )  # fmt: skip
-
-    def recurrence(self, gates: list[Tensor], here: slice) -> None:
-        """Backward through the steps ``here``: ``gates`` become their gradients. The later steps have been."""
+        ``c`` are the cell states of these steps, ``c_0`` the one before.
+        """
         dh = None if self.dh is None else self.dh[:, here]
         dc_n, lengths = self.dc_n, self.lengths
         if here.stop < self.h.shape[1]:  # what comes back from the step after these
@@ -143,14 +141,13 @@ class LayerBackward:
                 lengths = (self.lengths - here.start).clamp(max=here.stop - here.start)
         elif lengths is not None:
             lengths = lengths - here.start
-        h_0, c_0 = self.state_before(here.start)
         w = self.w_h
         self.dh_0, self.dc_0 = ops.sequence_backward(
-            gates, self.h[:, here], self.c[:, here], w.tensors(), *w.form, h_0, c_0, self.peephole,
+            gates, self.h[:, here], c, w.tensors(), *w.form, self.h_before(here.start), c_0, self.peephole,
             self.output_peephole, dh, dc_n, lengths, self.backend,
         )  # fmt: skip
         if self.dpeephole is not None:
-            self.dpeephole += aten.peephole_gradient(gates, self.c[:, here], c_0, self.peephole, self.output_peephole)
+            self.dpeephole += aten.peephole_gradient(gates, c, c_0, self.peephole, self.output_peephole)
 
     def bias(self, images: list[Tensor]) -> None:
         """Add what some steps' ``images`` have to say of the bias' gradient."""
@@ -162,10 +159,10 @@ class LayerBackward:
             # h_{-1} = 0 has nothing to add
             skip = here.start == 0 and self.h_0 is None and here.stop > 1 and not self.w_h.has_bias
             first = here.start + skip
-            before = self.h[:, first - 1] if first else self.h_0
-            h_prev = aten.previous(self.h[:, first : here.stop], before, self.dtype)
+            h_prev = aten.previous(self.h[:, first : here.stop], self.h_before(first), self.dtype)
             seen = [p[skip * self.h.shape[0] :] for p in images]
             add(self.hidden_grads, weight_gradients(h_prev, seen, self.w_h, self.needs_hidden))
+            del h_prev
         if any(self.needs_input):
             x = time_major(self.x[:, here], self.dtype)
             images = repart(images, self.w_h.parts, self.w_x.parts)

@@ -29,6 +29,7 @@ from . import fourier, layout
 from .cpu_convolution import prepare, tile_size
 from .layout import channel_sums
 
+ADDED_BYTES = 32 << 20  # of one branch's gradient of the input that wait to be added to the others'
 MOST_OUTPUTS = 512  # of one convolution on a GPU: cuDNN is half as fast on 1024 as on twice 512
 
 
@@ -362,14 +363,30 @@ def input_gradient(dparts: list[Tensor], w: TransitionWeights, v: Tensor | None 
     """
     total, dys = None, mix_gradient(dparts, w, v)
     for b in w.branches:
-        if b.way is not None:
-            da = b.way(next(dys))
-        else:
-            da, _, _ = convolution_gradients(next(dys), None, b.weight, b.padding, b.dilation, (True, False, False))
-        if b.bottleneck is not None:
-            da, _, _ = convolution_gradients(da, None, b.bottleneck, [0, 0], [1, 1], (True, False, False))
-        total = da if total is None else total.add_(da)
+        b = b if b.way is not None else replace(b, weight=layout.channels_last(b.weight))
+        total = add_image_gradient(total, next(dys), b)
     return total
+
+
+def add_image_gradient(total: Tensor | None, dy: Tensor, b: BranchWeights) -> Tensor:
+    """``total`` [N, C, H, W], or None, plus the gradient of a branch's input; in place, few images at a time."""
+    if total is None:
+        return image_gradient(dy, b)
+    spans = max(1, -(-total.nbytes // ADDED_BYTES))
+    for some, dy_of_some in zip(total.tensor_split(spans), dy.tensor_split(spans), strict=True):
+        some += image_gradient(dy_of_some, b)
+    return total
+
+
+def image_gradient(dy: Tensor, b: BranchWeights) -> Tensor:
+    """The gradient [N, C, H, W] of a branch's input from that of its output."""
+    if b.way is not None:
+        da = b.way(dy)
+    else:
+        da, _, _ = convolution_gradients(dy, None, b.weight, b.padding, b.dilation, (True, False, False))
+    if b.bottleneck is not None:
+        da, _, _ = convolution_gradients(da, None, b.bottleneck, [0, 0], [1, 1], (True, False, False))
+    return da
 
 
 def weight_gradients(

@@ -40,8 +40,8 @@ class MKConvLSTM(nn.Module):
         bias: whether there is a bias b [4F].
         forget_bias: what the forget gate's part of b starts from.
         batch_first: tensors are (B, T, C, H, W); else (T, B, C, H, W).
-        recompute: keep only h and c (in h's dtype) for backward, and compute the gates of all steps once more there:
-            about a third of the memory, for a third (CPUs) to two thirds (H100) more time; ``reference`` ignores it.
+        recompute: keep only h, and c of a few steps, for backward, and run the recurrence once more there, piece by
+            piece: about a quarter of the memory, for a third more time; ``reference`` ignores it.
             What norms, masks and pooling of the input need is kept by torch all the same.
         backend: "auto", or a name in ``mkconvlstm_cuda.backends()``, which then serves or raises its reason.
         device, dtype: of the parameters.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch, ops
 from .autograd import SequenceFunction, SequenceOptions, keeps_graph, last_states, no_autocast, preactivations
+from .backward import MOST_PIECES, pieces
 from .convolution import TransitionWeights
 from .reference import accumulate_dtype
 
@@ -75,8 +76,9 @@ def _layer(
         keep: return what backward needs.
 
     Returns:
-        h [B, T, F, H, W]; the last h and c, [B, F, H, W]; and with ``keep`` c of all steps and the gates, which are
-        empty without, as the gates are with ``recompute``.
+        h [B, T, F, H, W]; the last h and c, [B, F, H, W]; and with ``keep`` c of all steps and the gates. With
+        ``recompute`` that c is empty, and in place of the gates are the c that backward may start from, one for each of
+        MOST_PIECES but the first; zeros where there are fewer pieces.
     """
     tensors, w_x, w_h = transitions_of(given, present, input_dilations, input_tanh, dilations, tanh)
     options = options_of(x, w_x, w_h, dtype, output_peephole, recompute, backend)
@@ -89,7 +91,11 @@ def _layer(
             return h, last_states(h, lengths), last_states(c, lengths), c.new_empty(0), []
         saved = Saved()
         h, h_n, c_n = SequenceFunction.forward(saved, options, x, z, h_0, c_0, peephole, bias, lengths, *tensors)
-    return h, h_n, c_n, saved.saved_tensors[2], list(saved.saved_tensors[8 + len(tensors) :])
+    c, kept = saved.saved_tensors[2], list(saved.saved_tensors[8 + len(tensors) :])
+    if recompute:
+        kept += [torch.zeros_like(c_n) for _ in range(MOST_PIECES - 1 - len(kept))]
+        return h, h_n, c_n, c_n.new_empty(0), [state.contiguous() for state in kept]
+    return h, h_n, c_n, c, kept
 
 
 def _layer_fake(
@@ -107,8 +113,9 @@ def _layer_fake(
     def states(channels, kind):
         return x.new_empty((steps, batch, height, width, channels), dtype=kind).permute(1, 0, 4, 2, 3)
 
-    gates = [] if recompute else [states(4 * size, dtype) for size in w_h.parts]
-    return h, h_n, c_n, states(hidden, dtype if recompute else acc), gates
+    if recompute:
+        return h, h_n, c_n, x.new_empty(0, dtype=acc), [torch.empty_like(c_n) for _ in range(MOST_PIECES - 1)]
+    return h, h_n, c_n, states(hidden, acc), [states(4 * size, dtype) for size in w_h.parts]
 
 
 def _layer_backward(
@@ -120,7 +127,9 @@ def _layer_backward(
     tensors, w_x, w_h = transitions_of(given, present, input_dilations, input_tanh, dilations, tanh)
     saved = Saved()
     saved.options = options_of(x, w_x, w_h, dtype, output_peephole, recompute, backend)
-    if not keeps_graph():
+    if recompute:
+        gates = gates[: len(pieces(x, sum(w_h.sizes), dtype)) - 1]
+    elif not keeps_graph():
         gates = [g.clone() for g in gates]
     saved.save_for_backward(None if w_x is None else x, h, c, h_0, c_0, peephole, bias, lengths, *tensors, *gates)
     saved.count = len(tensors)

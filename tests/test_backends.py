@@ -60,14 +60,22 @@ def test_one_image_through_a_live_input_transition(options, pool):
 
 
 def test_spans_are_even_and_complete():
-    for steps, bytes_each, kept in ((1, 1, 0), (20, 3 << 20, 1 << 20), (7, 1 << 30, 0), (5, 0, 0), (20, 90, 30 << 20)):
-        pieces = backward.spans(steps, bytes_each, kept)
+    for steps, count in ((1, 1), (20, 3), (7, 9), (5, 0)):
+        pieces = backward.spans(steps, count)
+        assert len(pieces) == max(1, min(steps, count))
         assert [t for piece in pieces for t in range(piece.start, piece.stop)] == list(range(steps))
         sizes = {piece.stop - piece.start for piece in pieces}
         assert max(sizes) - min(sizes) <= 1
-        most = max(backward.SPAN_BYTES, steps * kept)
-        assert max(sizes) == 1 or max(sizes) * bytes_each <= most
-        assert min(sizes) == steps or steps * bytes_each > most
+
+
+def test_pieces_take_no_more_memory_than_they_may():
+    for shape, hidden, count in (
+        ((1, 20, 3, 8, 8), 16, 1),
+        ((10, 20, 512, 14, 14), 256, 5),
+        ((8, 3, 64, 96, 96), 64, 3),
+    ):
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        assert len(backward.pieces(x, hidden, torch.bfloat16)) == count
 
 
 @pytest.mark.parametrize("backend", backends_here())
@@ -190,15 +198,15 @@ def test_an_input_changed_before_backward_is_an_error():
             output.sum().backward()
 
 
-def test_recompute_keeps_h_and_c_alone():
-    x = torch.randn(2, 6, 3, 8, 8)
-    for dtype, bytes_each in ((torch.float32, 4), (torch.bfloat16, 2)):
-        layer = MKConvLSTM(3, {3: 8, 5: 8}, recompute=True, backend="aten", dtype=dtype)
-        h_and_c = 2 * bytes_each * 2 * 6 * 16 * 8 * 8
-        contestant = Contestant(layer, x.to(dtype), None)
-        assert kept_bytes(contestant) <= h_and_c + 1024
-        layer.recompute = False
-        assert kept_bytes(contestant) >= 2 * h_and_c
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recompute_keeps_h_and_a_few_c_alone(dtype, monkeypatch):
+    monkeypatch.setattr("mkconvlstm_cuda.backward.SPAN_BYTES", 1)
+    layer = MKConvLSTM(3, {3: 8, 5: 8}, recompute=True, backend="aten", dtype=dtype)
+    h, c_t = dtype.itemsize * 2 * 10 * 16 * 8 * 8, 4 * 2 * 16 * 8 * 8
+    contestant = Contestant(layer, torch.randn(2, 10, 3, 8, 8, dtype=dtype), None)
+    assert kept_bytes(contestant) == h + (backward.MOST_PIECES - 1) * c_t
+    layer.recompute = False
+    assert kept_bytes(contestant) == 5 * h + 10 * c_t
 
 
 def test_operation_passes_opcheck():

@@ -18,7 +18,6 @@ from triton_problems import (
     interpreted,
     launch,
     plan,
-    triton,
 )
 
 from mkconvlstm_cuda import dispatch
@@ -67,7 +66,8 @@ def test_a_second_launch_of_the_like_reuses_the_compiled_kernel(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launches.append(("first", grid, args, options)) or Compiled()
 
-    monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "LAUNCHED", {})
     kernel, t, u = Kernel(), torch.zeros(8), torch.ones(8)
     options = {"Y": 2, "X": 1, "num_warps": 4}

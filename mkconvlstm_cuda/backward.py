@@ -36,10 +36,17 @@ def spans(steps: int, count: int) -> list[slice]:
 
 
 def pieces(x: Tensor, hidden_channels: int, dtype: torch.dtype) -> list[slice]:
-    """The spans of steps of ``x`` [B, T, C, H, W] that are recomputed one by one; they hold x, h and gates."""
+    """The spans of steps of ``x`` [B, T, C, H, W] that are recomputed one by one; they hold x, h and gates.
+
+    Backward begins with the last, when there are no gradients of x and weights yet: it may be twice as long as a share.
+    """
     batch, steps, channels, height, width = x.shape
     bytes_of_all = batch * steps * (channels + 5 * hidden_channels) * height * width * dtype.itemsize
-    return spans(steps, min(MOST_PIECES, -(-bytes_of_all // SPAN_BYTES)))
+    count = min(steps, MOST_PIECES, -(-bytes_of_all // SPAN_BYTES))
+    if count < 3:
+        return spans(steps, count)
+    last = steps - 2 * steps // count
+    return [*spans(last, count - 1), slice(last, steps)]
 
 
 @dataclass
@@ -92,6 +99,8 @@ class LayerBackward:
         steps = self.h.shape[1]
         self.recurrence(gates, slice(0, steps), self.c, self.c_0)
         self.c = self.dc_n = None  # not needed any more, and large
+        if self.c_0 is None:
+            self.dc_0 = None
         if self.needs_bias:
             self.bias(images_of(gates))
         for here in self.spans:
@@ -124,6 +133,7 @@ class LayerBackward:
             self.weights(images, here)
             if self.needs_x:
                 self.input(images, here)
+            del gates, images  # before the next piece's are made
 
     def recurrence(self, gates: list[Tensor], here: slice, c: Tensor, c_0: Tensor | None) -> None:
         """Backward through the steps ``here``: ``gates`` become their gradients. The later steps have been.

@@ -363,7 +363,7 @@ def input_gradient(dparts: list[Tensor], w: TransitionWeights, v: Tensor | None 
     """
     total, dys = None, mix_gradient(dparts, w, v)
     for b in w.branches:
-        b = b if b.way is not None else replace(b, weight=layout.channels_last(b.weight))
+        b = b if b.way is not None else replace(b, weight=layout.channels_last(b.weight))  # not all at once
         total = add_image_gradient(total, next(dys), b)
     return total
 

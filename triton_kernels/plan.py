@@ -109,7 +109,7 @@ def choose(problem: Problem, backward: bool, sms: int, shared_memory: int) -> Co
     elif not backward and m_tiles * sum(-(-4 * n // 128) for n in channels) > 4 * sms:
         config = Config(128, min(128, widest), block_k, split=False, stages=3, programs_per_sm=2)
     elif backward and m_tiles > 4 * sms:
-        config = Config(128, min(64, widest), block_k, split=True, warps=4, programs_per_sm=2)
+        config = Config(128, min(64, widest), block_k, split=False, warps=4, stages=3, programs_per_sm=3)
     elif backward and widest <= 128 and depth >= 2 * line:
         config = Config(128, widest, 2 * line, split=True, stages=3)
     else:

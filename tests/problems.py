@@ -144,6 +144,16 @@ def backends_here(device: str = "cpu") -> list:
     return params
 
 
+def places() -> list:
+    """(backend, device) wherever there is a backend, as pytest parameters; skipped with the reason where it is not."""
+    params = [pytest.param(name, "cpu", id=f"{name}, cpu") for name in ("reference", "aten")]
+    for backend in dispatch.BACKENDS.values():
+        reason = backend.available() if torch.cuda.is_available() else "needs a GPU"
+        marks = [pytest.mark.gpu, *([pytest.mark.skip(reason=reason)] if reason else [])]
+        params.append(pytest.param(backend.name, "cuda", marks=marks, id=f"{backend.name}, cuda"))
+    return params
+
+
 def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     """Each tensor's relative error (Frobenius norm) is at most ``tolerance``."""
     assert got.keys() == wanted.keys()

@@ -1,11 +1,10 @@
-"""What people do to an ``nn.Module``, done to the layer: compile, transform, wrap, scale, prune, freeze, checkpoint."""
+"""How torch traces, transforms and wraps the layer: graphs, export, torch.func, scalers, pickles, checkpoints."""
 
 import pickle
 
 import pytest
 import torch
 from problems import PROBLEMS, Problem
-from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from mkconvlstm_cuda import FlowAttention, MKConvLSTM
@@ -199,45 +198,6 @@ def test_module_pickles_with_its_options():
     assert again.recompute
 
 
-@pytest.mark.parametrize("backend", ["reference", "aten"])
-def test_weight_norm_by_parametrization(backend):
-    """The weights are what the parametrization makes, and gradients reach its own parameters."""
-    layer, x = MKConvLSTM(2, {3: 3}, {1: 3}, backend=backend, dtype=torch.float64), torch.randn(1, 3, 2, 4, 4).double()
-    plain, _ = layer(x)
-    conv = parametrizations.weight_norm(layer.cells[0].hidden_transition.branches[0].conv)
-    scale, _ = conv.parametrizations.weight.parameters()
-    torch.testing.assert_close(layer(x)[0], plain)
-
-    def loss(factor):
-        with torch.no_grad():
-            scale.mul_(factor)
-        value = layer(x)[0].square().sum()
-        with torch.no_grad():
-            scale.div_(factor)
-        return value
-
-    layer(x)[0].square().sum().backward()
-    slope = (loss(1 + 1e-6) - loss(1 - 1e-6)) / 2e-6
-    torch.testing.assert_close((scale.grad * scale).sum(), slope, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("backend", ["reference", "aten"])
-@pytest.mark.parametrize("frozen", ["input_transition", "hidden_transition", "bias"])
-def test_frozen_parameters_get_no_gradient_and_change_no_other(backend, frozen):
-    layer, x = MKConvLSTM(2, {3: 2, 5: 1}, num_layers=2, backend=backend), torch.randn(2, 3, 2, 5, 4)
-    layer(x)[0].square().sum().backward()
-    wanted = {name: p.grad.clone() for name, p in layer.named_parameters()}
-    layer.zero_grad(set_to_none=True)
-    for name, p in layer.named_parameters():
-        p.requires_grad_(frozen not in name)
-    layer(x)[0].square().sum().backward()
-    for name, p in layer.named_parameters():
-        if frozen in name:
-            assert p.grad is None
-        else:
-            torch.testing.assert_close(p.grad, wanted[name])
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("options", [{}, {"recompute": True, "dropout": 0.5, "num_layers": 2}], ids=str)
 def test_activation_checkpointing(reentrant, options):
@@ -252,18 +212,6 @@ def test_activation_checkpointing(reentrant, options):
         x.grad = None
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("backend", ["reference", "aten"])
-def test_gradients_accumulate_over_micro_batches(backend):
-    layer, x = MKConvLSTM(2, {3: 3}, backend=backend, dtype=torch.float64), torch.randn(4, 3, 2, 5, 4).double()
-    layer(x)[0].square().sum().backward()
-    wanted = [p.grad.clone() for p in layer.parameters()]
-    layer.zero_grad()
-    for part in x.split(1):
-        layer(part)[0].square().sum().backward()
-    for p, grad in zip(layer.parameters(), wanted, strict=True):
-        torch.testing.assert_close(p.grad, grad)
 
 
 def test_hooks_of_the_layer_run():

@@ -4,13 +4,11 @@ import importlib.util
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import torchrun
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?:<!-- (?P<how>[^>]*) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
@@ -31,22 +29,10 @@ def skip_what_is_missing(how):
             pytest.skip(f"{need} is not installed")
 
 
-def run_processes(code, script, processes, gpus):
-    """``code`` in ``script``, as torchrun would run it; the weights that it leaves."""
-    # torch's gloo now and then aborts in a process's last breath, a model without this layer too: leave without it.
-    Path(script).write_text(code + "\nos._exit(0)\n")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    told |= {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    running = []
-    for rank in range(processes):
-        environment = {name: str(value) for name, value in (told | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        command = [sys.executable, script]
-        running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment))
-    errors = [process.communicate(timeout=120)[1] for process in running]
-    assert not any(process.returncode for process in running), errors
+def run_processes(code, script, processes, **options):
+    """``code`` in ``script``, run by torchrun; the weights that it leaves."""
+    Path(script).write_text(code)
+    torchrun(script, processes=processes, **options)
     return torch.load("weights.pt", weights_only=True)
 
 
@@ -54,17 +40,22 @@ def run_processes(code, script, processes, gpus):
 def test_block_runs(how, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    if match := re.fullmatch(r"run: (\S+) with 2 (processes|GPUs)", how):
-        gpus = match[2] == "GPUs"
-        if gpus and torch.cuda.device_count() < 2:
-            pytest.skip("needs 2 GPUs")
-        one, two = (run_processes(code, match[1], n, gpus) for n in (1, 2))
-        tolerance = {"rtol": 1e-3, "atol": 1e-4} if gpus else {"rtol": 1e-5, "atol": 1e-6}  # convolutions in TF32
-        torch.testing.assert_close(two, one, **tolerance)
+    if match := re.fullmatch(r"run: (\S+) with 2 processes", how):
+        one, two = (run_processes(code, match[1], n) for n in (1, 2))
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
         return
     if how:
         skip_what_is_missing(how)
     exec(compile(code, "docs", "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+@pytest.mark.parametrize(("how", "code"), [block for block in BLOCKS if block.values[0].startswith("run: ")])
+def test_block_runs_on_two_gpus(how, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = (run_processes(code, "train.py", n, gpus=True) for n in (1, 2))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)  # convolutions in TF32
 
 
 def test_readme_leads_to_every_page():

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .halo import Halo
+
 
 @dataclass(frozen=True)
 class FlowAttention:
@@ -73,6 +75,7 @@ class FlowMasks(nn.Module):
             self.network = nn.Conv2d(self.flow_channels, outputs, size, padding=size // 2, **factory)
         else:
             self.network = copy.deepcopy(attention.network).to(**factory)
+        self.halo: Halo | None = None  # where other ranks have the rows above and below
 
     def forward(self, flow: Tensor) -> list[Tensor | None]:
         """``flow`` [N, flow_channels, H, W] -> for each branch its mask [N, C or 1, H, W] in (0, 1), or None.
@@ -80,7 +83,10 @@ class FlowMasks(nn.Module):
         Raises:
             ValueError: the network's output has another shape.
         """
-        logits = self.network(flow)
+        if self.halo is None:
+            logits = self.network(flow)
+        else:  # the network is one convolution: sharding saw to that
+            logits = self.halo(self.network, self.network.dilation[0] * (self.network.kernel_size[0] // 2), flow)
         shape = (flow.shape[0], sum(self.masked) * self.mask_channels, *flow.shape[2:])
         if tuple(logits.shape) != shape:
             raise ValueError(f"attention.network: got output shape {list(logits.shape)}, wanted {list(shape)}")

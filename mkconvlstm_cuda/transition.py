@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from .attention import as_pair
 from .convolution import BranchWeights, TransitionWeights, interleave
 from .functional import check_kernel_size
+from .halo import Halo
 
 NORMS = (None, "batch", "group", "layer", "layer_pixel")
 MIXES = (None, "gate", "full")
@@ -211,10 +212,16 @@ class Transition(nn.Module):
         outputs = 4 * sum(b.channels for b in branches)
         groups = 4 if mix == "gate" else 1
         self.mix = nn.Conv2d(outputs, outputs, 1, groups=groups, bias=False, **factory) if mix else None
+        self.halo: Halo | None = None  # where other ranks have the rows above and below
 
     @property
     def kernel_sizes(self) -> list[tuple[int, int]]:
         return [b.conv.kernel_size for b in self.branches]
+
+    @property
+    def reach(self) -> int:
+        """How many rows above and below its own an output sees."""
+        return max((b.pool is not None) + b.conv.dilation[0] * (b.conv.kernel_size[0] // 2) for b in self.branches)
 
     def forward(
         self, x: Tensor, masks: Sequence[Tensor | None] | None = None, update_statistics: bool = True
@@ -223,14 +230,25 @@ class Transition(nn.Module):
 
         ``masks``: for each branch [N, C or 1, H, W], multiplied into its input, or None. Without
         ``update_statistics`` batch norms in training leave their running statistics alone.
+
+        Raises:
+            ValueError: batch norm is in training, and other ranks have some of the rows.
         """
+        masks = masks or [None] * len(self.branches)
+        if self.halo is None:
+            return self.compute(x, *masks, update_statistics=update_statistics)
+        if self.norm_kind == "batch" and self.training:
+            raise ValueError("norm: got batch norm in training on some rows of the images, wanted eval mode")
+        return self.halo(self.compute, self.reach, x, *masks)
+
+    def compute(self, x: Tensor, *masks: Tensor | None, update_statistics: bool = True) -> Tensor:
+        """:meth:`forward` on all rows that there are here."""
         frozen = (
             [] if update_statistics else [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         )
         for m in frozen:
             m.track_running_stats = False
         try:
-            masks = masks or [None] * len(self.branches)
             outputs = [b(x if m is None else x * m) for b, m in zip(self.branches, masks, strict=True)]
         finally:
             for m in frozen:
@@ -249,6 +267,8 @@ class Transition(nn.Module):
             parts.append("batch norm in training")
         elif self.norm_kind not in (None, "batch"):
             parts.append(f"{self.norm_kind.removesuffix('_pixel')} norm")
+        if self.halo is not None:
+            parts.append("rows on other ranks")
         return " and ".join(parts) or None
 
     def weights(self) -> TransitionWeights:

@@ -19,6 +19,23 @@ BLOCKS = [
 ]
 
 
+# Ahead of a script: notes steps of rank 1, and kills it in the fifth, but once.
+KILLED = """
+import os, signal
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+def die(*_):
+    if os.environ["RANK"] == "1":
+        notes = "steps-" + os.environ["TORCHELASTIC_RESTART_COUNT"]
+        with open(notes, "a") as file:
+            file.write(".")
+        if notes == "steps-0" and os.path.getsize(notes) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+register_optimizer_step_pre_hook(die)
+"""
+
+
 def skip_what_is_missing(how):
     """``needs: a, b``: modules, or a C++ compiler."""
     for need in how.removeprefix("needs: ").split(", "):
@@ -44,6 +61,14 @@ def test_block_runs(how, code, tmp_path, monkeypatch):
         one, two = (run_processes(code, match[1], n) for n in (1, 2))
         torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
         return
+    if match := re.fullmatch(r"run: (\S+) with 2 processes, one of which is killed", how):
+        wanted = run_processes(code, match[1], 2)
+        Path("checkpoint.pt").unlink()
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the page says
+        weights = run_processes(KILLED + code, match[1], 2, restarts=1)
+        torch.testing.assert_close(weights, wanted, rtol=0, atol=0)
+        assert {path.name: len(path.read_text()) for path in Path().glob("steps-*")} == {"steps-0": 5, "steps-1": 5}
+        return
     if how:
         skip_what_is_missing(how)
     exec(compile(code, "docs", "exec"), {"__name__": "docs"})
@@ -54,6 +79,9 @@ def test_block_runs(how, code, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("how", "code"), [block for block in BLOCKS if block.values[0].startswith("run: ")])
 def test_block_runs_on_two_gpus(how, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "killed" in how:
+        run_processes(code, "train.py", 2, gpus=True)
+        return
     one, two = (run_processes(code, "train.py", n, gpus=True) for n in (1, 2))
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)  # convolutions in TF32
 

@@ -1,5 +1,6 @@
 """The benchmark tells the truth: it checks before it times, and counts what it says."""
 
+import json
 import re
 import warnings
 from dataclasses import replace
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from mkconvlstm_cuda.bench import contestants, machine, measure, report, sweeps
+from mkconvlstm_cuda.bench import contestants, machine, measure, report, scaling, sweeps
 from mkconvlstm_cuda.bench.peers import BatchedInputLoop, UsualLoop
 from mkconvlstm_cuda.bench.timing import take_turns
 from mkconvlstm_cuda.bench.workloads import WORKLOADS, Workload
+from processes import torchrun
 
 from mkconvlstm_cuda import MKConvLSTM
 
@@ -105,6 +107,26 @@ def test_contestants_take_turns():
     timings = take_turns({n: lambda n=n: order.append(n) for n in "abc"}, CPU, seconds=0, min_rounds=3)
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
     assert all(len(t.runs) == 3 and t.median >= 0 for t in timings.values())
+
+
+SCALE = """
+from pathlib import Path
+from mkconvlstm_cuda.bench import scaling, workloads
+
+scaling.WORKLOADS["tiny"] = workloads.Workload("tiny", 2, 3, 4, 6, 5, {3: 4, 5: 4}, "tests")
+scaling.main("tiny", "float32", rounds=1, output=Path("scaling.json"))
+"""
+
+
+def test_weak_scaling_of_two_processes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("scale.py").write_text(SCALE)
+    torchrun("scale.py", processes=2)
+    found = json.loads(Path("scaling.json").read_text())
+    assert (found["processes"], found["workload"]) == (2, "tiny")
+    for together, alone in scaling.ALONE.items():
+        times = found["milliseconds"]
+        assert 0 < found["efficiency"][together] == times[alone] / times[together]
 
 
 def test_hash_follows_the_kernels(tmp_path):

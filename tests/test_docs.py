@@ -10,10 +10,17 @@ import pytest
 import torch
 from processes import torchrun
 
+from mkconvlstm_cuda import backward
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?:<!-- (?P<how>[^>]*) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
 BLOCKS = [
-    pytest.param(match["how"] or "", match["code"], id=f"{page.stem}-{n}")
+    pytest.param(
+        match["how"] or "",
+        match["code"],
+        id=f"{page.stem}-{n}",
+        marks=[pytest.mark.gpu] if match["how"] == "needs: a GPU" else [],
+    )
     for page in sorted((ROOT / "docs").glob("*.md"))
     for n, match in enumerate(BLOCK.finditer(page.read_text()))
 ]
@@ -37,11 +44,14 @@ register_optimizer_step_pre_hook(die)
 
 
 def skip_what_is_missing(how):
-    """``needs: a, b``: modules, or a C++ compiler."""
+    """``needs: a, b``: modules, a C++ compiler, or a GPU."""
     for need in how.removeprefix("needs: ").split(", "):
         if need == "a C++ compiler":
             if shutil.which(os.environ.get("CXX", "g++")) is None:
                 pytest.skip("needs a C++ compiler")
+        elif need == "a GPU":
+            if not torch.cuda.is_available():
+                pytest.skip("needs a GPU")
         elif importlib.util.find_spec(need) is None:
             pytest.skip(f"{need} is not installed")
 
@@ -56,6 +66,7 @@ def run_processes(code, script, processes, **options):
 @pytest.mark.parametrize(("how", "code"), BLOCKS)
 def test_block_runs(how, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backward, "SPAN_BYTES", backward.SPAN_BYTES)
     torch.manual_seed(0)
     if match := re.fullmatch(r"run: (\S+) with 2 processes", how):
         one, two = (run_processes(code, match[1], n) for n in (1, 2))

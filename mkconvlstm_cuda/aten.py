@@ -185,6 +185,8 @@ def backward(
     hidden = hidden.channels_last()
     batch, steps = gates[0].shape[:2]
     acc = accumulate_dtype(gates[0].dtype)
+    if dh is not None and 1 not in dh.shape[3:] and dh.stride(3) != dh.shape[4] * dh.stride(4):
+        dh = dh.clone(memory_format=torch.contiguous_format)  # a step takes pixels at one stride; cat on W gives two
     dc = initial_state(dc_n if lengths is None else None, gates, acc).clone()  # a step may overwrite it
     v = sequence_of(premix(previous(h, h_0, h.dtype), hidden), steps) if hidden.mix_tanh else None
     hidden = hidden.prepared((batch, *gates[0].shape[3:]), steps, gradient=True)

@@ -19,7 +19,7 @@ _operations.define(
     "bool current_output_peephole) -> ()"
 )
 # The gates become the gradients of the pre-activations. dc [B, F, H, W] holds dL/dc_t as step t+1 sees it and becomes
-# dL/dc_{t-1}. dL/dh_t = dh + dh_prev, each of the gates' dtype or c's, of any strides.
+# dL/dc_{t-1}. dL/dh_t = dh + dh_prev, each of the gates' dtype or c's, of any strides that give pixels a single one.
 _operations.define(
     "gate_step_backward(Tensor(a!)[] gates, Tensor? dh, Tensor? dh_prev, Tensor(b!) dc, Tensor c_prev, Tensor c, "
     "Tensor? peephole, bool current_output_peephole) -> ()"

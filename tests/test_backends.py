@@ -187,6 +187,22 @@ def test_each_output_alone_has_gradients(output):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", backends_here())
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_gradient_cut_out_of_wider_images(batch, backend):
+    """Outputs side by side: each one's gradient has rows that lie apart."""
+    problem = Problem(batch=batch)
+    grads = []
+    for name in ("reference", backend):
+        layer = problem.layer(name)
+        inputs = problem.inputs(layer)
+        y = problem.call(layer, **inputs)[0]
+        wide = torch.cat([y, y.detach()], dim=-1)
+        grads.append(torch.autograd.grad(wide, (*inputs.values(), *layer.parameters()), wide.detach().cos()))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_an_input_changed_before_backward_is_an_error():
     for frozen in (False, True):
         layer = MKConvLSTM(2, {3: 2}, backend="aten", recompute=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,10 +105,17 @@ def show_plan(problem: str, dtype: str) -> str:
 def check(
     device: DeviceOption = None,
     dtype: Annotated[list[DType], typer.Option(help="May be given several times; all by default.")] = list(DType),  # noqa: B006
+    fuzz: Annotated[Optional[int], typer.Option(help="In place of that: so many random problems.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of the random problems.")] = 0,
+    jobs: Annotated[Optional[int], typer.Option(help="Processes, with --fuzz.")] = None,  # noqa: UP045
+    problem: Annotated[Optional[str], typer.Option(help="In place of that: one problem, as --fuzz prints it.")] = None,  # noqa: UP045
 ) -> None:
     """Gradcheck and agreement with float64 of every available backend; exit code 1 if anything fails."""
     from . import check as checks
 
+    if fuzz is not None or problem is not None:
+        failed = fuzz_check(pick_device(device), [d.value for d in dtype], fuzz, seed, jobs, problem)
+        raise typer.Exit(1 if failed else 0)
     with console.status("checking") as status:
         results = []
         for r in checks.run(pick_device(device), tuple(getattr(torch, d.value) for d in dtype)):
@@ -135,6 +143,36 @@ def check(
         f"{sum(r.passed is None for r in results)} not run"
     )
     raise typer.Exit(1 if failed else 0)
+
+
+def fuzz_check(
+    device: torch.device, dtypes: list[str], problems: int | None, seed: int, jobs: int | None, problem: str | None
+) -> int:
+    """``check --fuzz`` and ``check --problem``; returns how many problems failed."""
+    from . import dispatch, fuzz
+
+    start = time.perf_counter()
+    try:
+        if problem is not None:
+            failure = fuzz.examine(fuzz.Problem.from_json(problem), device)
+            count, failures = fuzz.Count(1, 1), [] if failure is None else [failure]
+        else:
+            with console.status("drawing") as status:
+                count, failures = fuzz.run(
+                    problems, seed, device, fuzz.served_backends(), dtypes, jobs or fuzz.default_jobs(device),
+                    lambda c: status.update(f"{c.problems} of {problems} problems"),
+                )  # fmt: skip
+    except (ValueError, dispatch.Refusal) as error:
+        raise typer.BadParameter(str(error)) from error
+    for failure in failures:
+        console.print(f"[red]{failure.kind}[/red]: {escape(failure.message)}")
+        console.print(failure.command(device), soft_wrap=True, markup=False, highlight=False)
+    seconds = time.perf_counter() - start
+    console.print(
+        f"{count.problems} problems, {count.compared} runs of {', '.join(fuzz.served_backends())}, {count.refused} "
+        f"refused, {len(failures)} failed; {seconds:.0f} s, {count.problems / seconds:.1f} problems a second"
+    )
+    return len(failures)
 
 
 @app.command()

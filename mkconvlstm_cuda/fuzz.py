@@ -1,0 +1,352 @@
+"""``mkconvlstm check --fuzz``: random problems on every backend that serves them, against float64 ``reference``."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import dispatch
+from .check import FACTOR, ROUNDING, TF32_ROUNDING
+from .fuzz_problems import OUTPUTS, Problem, draw_call, draw_structure, simpler
+from .guards import guarded
+from .layer import MKConvLSTM
+
+# A structure is what a kernel is compiled for: on GPUs, where that takes seconds, many calls share one.
+CALLS_PER_STRUCTURE = {"cpu": 1, "cuda": 20}
+MOST_MULTIPLICATIONS = {"cpu": 10**7, "cuda": 10**9}
+DRAWS = 8  # of other values, where an error is past its limit by so little that chance could have done it
+CHANCE = 10.0
+SHRINKING_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A problem that went wrong."""
+
+    problem: Problem
+    kind: str  # what went wrong, in a word or two: shrinking keeps to it
+    message: str
+
+    def command(self, device: torch.device) -> str:
+        """What repeats it."""
+        return f"mkconvlstm check --device {device} --problem '{self.problem.to_json()}'"
+
+
+@dataclass
+class Count:
+    """How a run went."""
+
+    problems: int = 0
+    compared: int = 0  # backend by backend
+    refused: int = 0
+
+
+def build(p: Problem, backend: str, device: torch.device, exact: bool) -> MKConvLSTM:
+    """The problem's layer; its values are representable in the problem's dtype, also in float64 (``exact``)."""
+    layer = MKConvLSTM(**p.options(), backend=backend, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(p.seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            scale = 1 if parameter.dim() < 3 else max(1, parameter[0].numel()) ** -0.5
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
+            parameter.copy_(values.to(getattr(torch, p.dtype)))
+        for name, buffer in layer.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2, generator=generator)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not any(word in name for word in p.frozen))
+    return layer.to(device, torch.float64 if exact else getattr(torch, p.dtype)).train(p.training)
+
+
+def lay_out(t: Tensor, layout: str) -> Tensor:
+    """``t`` [..., C, H, W] with other strides. What lies between its elements is NaN."""
+    if layout == "channels last":
+        return t.movedim(-3, -1).contiguous().movedim(-1, -3)
+    if layout == "transposed":
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "sliced":
+        wide = t.new_full([2 * n + 1 for n in t.shape], float("nan"))
+        view = wide[tuple(slice(1, 2 * n + 1, 2) for n in t.shape)]
+        return view.copy_(t)
+    if layout == "offset":
+        return t.new_full((t.numel() + 1,), float("nan"))[1:].view(t.shape).copy_(t)
+    if layout == "expanded":
+        return t[:1].contiguous().expand(t.shape) if t.shape[0] else t
+    return t.contiguous()
+
+
+def values(p: Problem, shape: Sequence[int], layout: str, number: int, dtype: torch.dtype) -> Tensor:
+    """Random values on the CPU, representable in ``dtype``, in float64; equal along the first dimension if expanded."""
+    generator = torch.Generator().manual_seed(p.seed + number)
+    t = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype).double()
+    return t[:1].expand(t.shape) if layout == "expanded" and t.shape[0] else t
+
+
+def make_inputs(p: Problem, layer: MKConvLSTM, device: torch.device, exact: bool) -> dict[str, Tensor]:
+    """x, h_0, c_0 and flow, as far as the problem has them."""
+    image, dtype = (p.height, p.width), getattr(torch, p.dtype)
+    leading = (p.batch, p.steps) if p.batch_first else (p.steps, p.batch)
+    shapes = {"x": (*leading, p.channels, *image)}
+    if p.state:
+        shapes |= dict.fromkeys(("h_0", "c_0"), (len(layer.cells), p.batch, layer.hidden_channels, *image))
+    if p.mask_channels is not None:
+        shapes["flow"] = (*leading, layer.cells[0].attention.flow_channels, *image)
+    made = {}
+    for number, (name, shape) in enumerate(shapes.items(), 1):
+        layout = p.state_layout if name in ("h_0", "c_0") else p.x_layout
+        t = values(p, shape, layout, number, dtype).to(device, torch.float64 if exact else dtype)
+        made[name] = lay_out(t, layout).requires_grad_(p.gradients and name not in p.frozen)
+    return made
+
+
+def call(p: Problem, layer: MKConvLSTM, inputs: dict[str, Tensor], exact: bool) -> dict[str, Tensor]:
+    """Outputs and wanted gradients by name."""
+    device = inputs["x"].device
+    state = (inputs["h_0"], inputs["c_0"]) if p.state else None
+    cast = None if p.autocast is None or exact else getattr(torch, p.autocast)
+    with torch.set_grad_enabled(p.gradients), torch.autocast(device.type, dtype=cast, enabled=cast is not None):
+        output, (h_n, c_n) = layer(inputs["x"], state, inputs.get("flow"), p.lengths)
+    results = {"output": output, "h_n": h_n, "c_n": c_n}
+    wanted = {n: t for n, t in (inputs | dict(layer.named_parameters())).items() if t.requires_grad}
+    ys = [y for name, y in results.items() if name in p.outputs and y.requires_grad]
+    if p.gradients and wanted and ys:
+        dys = []
+        for number, y in enumerate(ys, 5):
+            dy = values(p, y.shape, p.gradient_layout, number, torch.bfloat16).to(device, y.dtype)
+            dys.append(lay_out(dy, p.gradient_layout))
+        tensors = tuple(wanted.values())
+        if p.twice:
+            torch.autograd.grad(ys, tensors, dys, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(ys, tensors, dys, allow_unused=True)
+        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, grads, strict=True)]
+        results |= {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
+    return {name: t.detach() for name, t in results.items()}
+
+
+class GatesIn(TorchFunctionMode):
+    """Within it sigmoid and tanh have results of ``dtype``, as in a loop of torch operations in that dtype."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.sigmoid, torch.tanh):
+            return func(args[0].to(self.dtype)).to(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@lru_cache(maxsize=4)
+def exact_results(p: Problem, device: torch.device) -> dict[str, Tensor]:
+    """The reference's results in float64."""
+    layer = build(p, "reference", device, True)
+    return call(p, layer, make_inputs(p, layer, device, True), True)
+
+
+@lru_cache(maxsize=4)
+def torch_results(p: Problem, device: torch.device) -> dict[str, Tensor]:
+    """What torch's own arithmetic makes of the problem: the reference in its dtype.
+
+    The gradients of half types are those of gates in half types, which is what a loop of torch operations keeps for
+    backward. The reference keeps them in float32, which takes twice the memory.
+    """
+    dtype, results = getattr(torch, p.autocast or p.dtype), {}
+    for mode in (GatesIn(dtype), nullcontext()) if dtype.itemsize == 2 else (nullcontext(),):
+        layer = build(p, "reference", device, False)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=p.tf32), mode:
+            new = call(p, layer, make_inputs(p, layer, device, False), False)
+        results = new | {name: t for name, t in results.items() if name not in OUTPUTS}
+    return results
+
+
+def distance(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Relative error (Frobenius norm) of all together; infinity where it is not finite."""
+    error = sum(float((r.double() - e).square().sum()) for r, e in zip(results, exact, strict=True)) ** 0.5
+    norm = sum(float(e.square().sum()) for e in exact) ** 0.5
+    relative = error / norm if norm else 0.0 if error == 0 else float("inf")
+    return relative if relative == relative else float("inf")
+
+
+def compute(p: Problem, device: torch.device) -> dict[str, Tensor] | Failure:
+    """The results of the problem's backend, in guarded memory.
+
+    Raises:
+        dispatch.Refusal: it cannot serve.
+    """
+    layer = build(p, p.backend, device, False)
+    inputs = make_inputs(p, layer, device, False)
+    before = {name: t.detach().clone() for name, t in (inputs | layer.state_dict()).items()}
+    try:
+        with guarded() as guards, torch.backends.cudnn.flags(enabled=True, allow_tf32=p.tf32):
+            results = call(p, layer, inputs, False)
+        broken = guards.broken()
+    except dispatch.Refusal:
+        raise
+    except Exception as error:  # whatever it is, the problem was a valid one
+        return Failure(p, type(error).__name__, str(error).splitlines()[0] if str(error) else "")
+    if broken:
+        return Failure(p, "guards", f"memory outside of {broken} zones' tensors was written")
+    after = inputs | layer.state_dict()
+    if changed := [n for n, t in before.items() if "running" not in n and not torch.equal(t, after[n].detach())]:
+        return Failure(p, "changed", f"{', '.join(changed)} changed")
+    return results
+
+
+def limit(p: Problem, own: float, device: torch.device) -> float:
+    """How far from float64 a tensor may be where torch's own arithmetic is ``own`` away."""
+    dtype = getattr(torch, p.autocast or p.dtype)
+    tf32 = dtype == torch.float32 and device.type == "cuda" and p.tf32
+    return max(FACTOR * own, TF32_ROUNDING if tf32 else ROUNDING[dtype])
+
+
+def examine(p: Problem, device: torch.device) -> Failure | None:
+    """What is wrong with the problem's backend on this problem; None if nothing.
+
+    An error may be past its limit by chance, torch's own being small by luck. Where it is so by less than CHANCE times,
+    the errors over DRAWS more draws of all values are compared in place of the one.
+
+    Raises:
+        dispatch.Refusal: the backend cannot serve.
+    """
+    results = compute(p, device)
+    if isinstance(results, Failure):
+        return results
+    neutral = replace(p, backend="reference")
+    exact, own = exact_results(neutral, device), torch_results(neutral, device)
+    for name, t in results.items():
+        if t.shape != own[name].shape or t.dtype != own[name].dtype:
+            wanted = f"{list(own[name].shape)} {own[name].dtype}"
+            return Failure(p, "form", f"{name}: got {list(t.shape)} {t.dtype}, wanted {wanted}")
+    doubtful = {}
+    for name, t in results.items():
+        error = distance([t], [exact[name]])
+        most = limit(p, distance([own[name]], [exact[name]]), device)
+        if error > CHANCE * most:
+            return Failure(p, "wrong", f"{name}: relative error {error:.1e}, limit {most:.1e}")
+        if error > most:
+            doubtful[name] = error
+    if not doubtful:
+        return None
+    draws = []
+    for k in range(1, DRAWS + 1):
+        again = replace(p, seed=p.seed + 1000 * k)
+        ours = compute(again, device)
+        if isinstance(ours, Failure):
+            return ours
+        neutral = replace(again, backend="reference")
+        draws.append((ours, exact_results(neutral, device), torch_results(neutral, device)))
+    for name in doubtful:
+        ours, exact, own = ([d[n][name] for d in draws] for n in range(3))
+        error, most = distance(ours, exact), limit(p, distance(own, exact), device)
+        if error > most:
+            return Failure(p, "wrong", f"{name}: relative error over {DRAWS} draws {error:.1e}, limit {most:.1e}")
+    return None
+
+
+def shrink(failure: Failure, device: torch.device, seconds: float = SHRINKING_SECONDS) -> Failure:
+    """The simplest problem found that fails in the same way."""
+    end = time.monotonic() + seconds
+    progress = True
+    while progress:
+        progress = False
+        for p in simpler(failure.problem):
+            if time.monotonic() > end:
+                return failure
+            try:
+                found = examine(p, device)
+            except (dispatch.Refusal, ValueError):  # it is no problem any more
+                continue
+            if found is not None and found.kind == failure.kind:
+                failure, progress = found, True
+                break
+    return failure
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether the device still works: after an illegal access nothing runs on a GPU in this process any more."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def examine_structure(
+    number: int, calls: int, seed: int, device: torch.device, backends: Sequence[str], dtypes: Sequence[str]
+) -> tuple[Count, list[Failure]]:
+    """``calls`` problems of structure ``number``."""
+    structure = draw_structure(random.Random(f"{seed}/{number}"), dtypes)
+    count, failures = Count(), []
+    for k in range(calls):
+        p = draw_call(random.Random(f"{seed}/{number}/{k}"), structure, MOST_MULTIPLICATIONS[device.type])
+        count.problems += 1
+        for backend in backends:
+            try:
+                failure = examine(replace(p, backend=backend), device)
+                count.compared += 1
+            except dispatch.Refusal:
+                count.refused += 1
+                continue
+            if failure is not None:
+                usable = is_usable(device)
+                failures.append(shrink(failure, device) if usable else failure)
+                if not usable:
+                    return count, failures
+    return count, failures
+
+
+def run(
+    problems: int,
+    seed: int,
+    device: torch.device,
+    backends: Sequence[str],
+    dtypes: Sequence[str],
+    jobs: int = 1,
+    on_progress: Callable[[Count], None] = lambda count: None,
+) -> tuple[Count, list[Failure]]:
+    """``problems`` random problems on each of ``backends``; what failed, shrunk.
+
+    The problems depend on ``seed``, ``dtypes`` and the kind of device alone. ``jobs``: processes.
+    """
+    total, failures = Count(), []
+    for count, failed in outcomes(problems, seed, device, backends, dtypes, jobs):
+        total.problems += count.problems
+        total.compared += count.compared
+        total.refused += count.refused
+        failures += failed
+        on_progress(total)
+    return total, failures
+
+
+def outcomes(problems, seed, device, backends, dtypes, jobs) -> Iterator[tuple[Count, list[Failure]]]:
+    """:func:`examine_structure` for each structure of :func:`run`."""
+    each = CALLS_PER_STRUCTURE[device.type]
+    sizes = [min(each, problems - first) for first in range(0, problems, each)]
+    arguments = [(n, size, seed, device, tuple(backends), tuple(dtypes)) for n, size in enumerate(sizes)]
+    if jobs == 1:
+        for a in arguments:
+            yield examine_structure(*a)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(examine_structure, *zip(*arguments, strict=True))
+
+
+def default_jobs(device: torch.device) -> int:
+    """Processes that keep a GPU busy; on a CPU torch's own threads do."""
+    return 1 if device.type == "cpu" else max(1, min(14, (os.cpu_count() or 1) - 2))
+
+
+def served_backends() -> list[str]:
+    """What can be compared with the reference here."""
+    return [b.name for b in dispatch.BACKENDS.values() if b.name != "reference" and b.available() is None]

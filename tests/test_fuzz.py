@@ -1,0 +1,178 @@
+"""``mkconvlstm check --fuzz``: it passes here, and it finds what is wrong."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cli import run, wide  # noqa: F401  wide: a fixture
+
+from mkconvlstm_cuda import aten, compiled, dispatch, fuzz, library
+from mkconvlstm_cuda.fuzz_problems import Kernel, Problem, draw_call, draw_structure, simpler
+from mkconvlstm_cuda.guards import guarded
+
+CPU = torch.device("cpu")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+PROBLEM = Problem(
+    dtype="float32", batch=3, steps=4, channels=2, height=5, width=3,
+    kernels=(Kernel(3, 3, 2), Kernel(5, 1, 1)), state=True, lengths=(1, 4, 2), peephole="channel",
+)  # fmt: skip
+
+
+def test_three_hundred_random_problems_pass():
+    assert " 0 failed" in run("check", "--device", "cpu", "--fuzz", "300")
+
+
+def test_random_problems_pass_without_the_cpu_library(monkeypatch):
+    monkeypatch.setattr(library, "load", lambda kind: f"no {kind} library today")
+    _, failures = fuzz.run(30, 5, CPU, ["aten"], DTYPES)
+    assert not failures
+
+
+def drawn(count):
+    for n in range(count):
+        structure = draw_structure(random.Random(f"s{n}"), DTYPES)
+        yield draw_call(random.Random(f"c{n}"), structure, 10**7)
+
+
+def test_problems_are_repeatable_and_as_wide_as_promised():
+    problems = list(drawn(500))
+    assert problems == list(drawn(500))
+    assert all(Problem.from_json(p.to_json()) == p for p in problems)
+    for name in ("batch", "steps", "channels", "height", "width"):
+        sizes = {getattr(p, name) for p in problems}
+        assert {1, 2} < sizes
+        assert max(sizes) > 20
+    assert 0 in {p.batch for p in problems}
+    for name in (
+        "dtype", "autocast", "mix", "mix_activation", "norm", "peephole", "output_peephole", "mask_channels",
+        "num_layers", "bidirectional", "bias", "batch_first", "recompute", "training", "state", "x_layout",
+        "state_layout", "gradient_layout", "gradients", "outputs", "twice",
+    ):  # fmt: skip
+        assert len({getattr(p, name) for p in problems}) > 1, name
+    assert any(p.lengths for p in problems)
+    assert any(p.frozen for p in problems)
+    assert any(p.hidden_kernels for p in problems)
+
+
+def test_simpler_problems_end():
+    for p in drawn(50):
+        steps = 0
+        while (after := next(simpler(p), None)) is not None:
+            assert after != p
+            p, steps = after, steps + 1
+            assert steps < 200
+        assert replace(p, seed=0, backend="aten", dtype="float64", hidden_kernels=None) == Problem()
+
+
+def without_last_channel(gates, *args):
+    """What forgets the last channel of h's gradient, where there are more than two."""
+    c_n = compiled.gate_step_backward(gates, *args)
+    if c_n.shape[1] > 2:
+        gates[-1][:, -1] = 0
+    return c_n
+
+
+def test_a_wrong_backend_is_found_and_the_problem_shrunk(monkeypatch):
+    def wrong(*args):
+        return aten.backward(*args, gate_step_backward=without_last_channel)
+
+    monkeypatch.setitem(dispatch.BACKENDS, "aten", replace(dispatch.BACKENDS["aten"], backward=wrong))
+    failure = fuzz.examine(PROBLEM, CPU)
+    assert failure.kind == "wrong"
+    shrunk = fuzz.shrink(failure, CPU, seconds=60)
+    p = shrunk.problem
+    assert (p.batch, p.steps, p.channels, p.height, p.width, p.lengths, p.peephole) == (1, 1, 1, 1, 1, None, None)
+    assert sum(k.channels for k in p.kernels) == 3
+    output = run("check", "--device", "cpu", "--problem", p.to_json(), code=1)
+    assert shrunk.message in output
+    assert shrunk.command(CPU) in output
+    assert fuzz.examine(replace(p, kernels=(Kernel(channels=2),)), CPU) is None
+
+
+def writes_behind(z, *args):
+    """A forward that writes one element behind h."""
+    h, c = aten.forward(z, *args)
+    if h.numel():
+        flat = h.as_strided((1,), (1,), h.storage_offset() + h.numel())
+        flat.fill_(1.0)
+    return h, c
+
+
+def reads_unwritten(z, *args):
+    """A forward that leaves the last step of h unwritten."""
+    h, c = aten.forward(z, *args)
+    fresh = torch.empty_like(h)
+    fresh[:, :-1] = h[:, :-1]
+    return fresh, c
+
+
+def changes_state(z, hidden, h_0, *args):
+    if h_0 is not None:
+        h_0.zero_()
+    return aten.forward(z, hidden, h_0, *args)
+
+
+def wrong_dtype(z, *args):
+    h, c = aten.forward(z, *args)
+    return h, c.double()
+
+
+def raises(z, *args):
+    raise IndexError("list index out of range")
+
+
+@pytest.mark.parametrize(
+    ("forward", "kind"),
+    [
+        (writes_behind, "guards"),
+        (reads_unwritten, "wrong"),
+        (changes_state, "changed"),
+        (wrong_dtype, "form"),
+        (raises, "IndexError"),
+    ],
+)
+def test_what_goes_wrong_is_named(forward, kind, monkeypatch):
+    monkeypatch.setitem(dispatch.BACKENDS, "aten", replace(dispatch.BACKENDS["aten"], forward=forward))
+    p = replace(PROBLEM, gradients=False)
+    failure = fuzz.examine(p, CPU)
+    assert failure.kind == kind
+    count, failures = fuzz.run(2, 0, CPU, ["aten"], DTYPES)
+    assert count.problems == 2
+    assert all(isinstance(f, fuzz.Failure) for f in failures)
+
+
+def test_guarded_memory_is_nan_until_written_and_gives_writes_away():
+    with guarded() as guards:
+        a = torch.empty(2, 3)
+        b = torch.empty_like(a.t(), dtype=torch.float64)
+        zeros, counts = torch.zeros(4), torch.zeros(3, dtype=torch.int32)
+        empty = a.new_empty((0, 5))
+    assert a.isnan().all()
+    assert b.isnan().all()
+    assert b.stride() == (1, 3)
+    assert torch.equal(zeros, torch.zeros(4))
+    assert torch.equal(counts, torch.zeros(3, dtype=torch.int32))
+    assert empty.shape == (0, 5)
+    assert guards.broken() == 0
+    a.as_strided((7,), (1,), a.storage_offset()).zero_()
+    assert guards.broken() == 1
+    assert torch.empty(0).untyped_storage().nbytes() == 0
+
+
+def test_processes_share_the_problems():
+    alone = fuzz.run(4, 3, CPU, ["aten"], ("float32",))
+    together = fuzz.run(4, 3, CPU, ["aten"], ("float32",), jobs=2)
+    assert alone == together
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"stride": 3}', '{"kernels": 3}'])
+def test_a_problem_that_is_none_is_an_error(text):
+    assert "problem" in run("check", "--device", "cpu", "--problem", text, code=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_problems_pass_on_a_gpu():
+    _, failures = fuzz.run(60, 0, torch.device("cuda"), fuzz.served_backends(), DTYPES, jobs=1)
+    assert not failures, failures[0].command(torch.device("cuda"))

@@ -51,6 +51,10 @@ class MKConvLSTMCell(nn.Module):
             raise ValueError(f"image_size: got {image_size!r}, wanted (H, W), which peephole='pixel' needs")
         if attention is not None and not isinstance(attention, FlowAttention):
             raise TypeError(f"attention: got {type(attention).__name__}, wanted a FlowAttention or None")
+        if not isinstance(forget_bias, (int, float)):
+            raise TypeError(f"forget_bias: got {forget_bias!r}, wanted a number")
+        if dtype is not None:
+            functional.check_dtype("dtype", dtype)
         factory = {"device": device, "dtype": dtype}
         branches = parse_branches("kernels", kernels)
         hidden_branches = branches if hidden_kernels is None else parse_branches("hidden_kernels", hidden_kernels)

@@ -13,6 +13,7 @@ from .convolution import BranchWeights, TransitionWeights, sequence_of, time_maj
 from .reference import accumulate_dtype
 
 OUTPUT_PEEPHOLES = ("previous", "current")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 State = tuple[Tensor, Tensor]
 
 
@@ -203,14 +204,16 @@ def autocast_enabled(device: torch.device) -> bool:
 
 
 def check_tensor(name: str, t, dims: tuple[str, ...], wanted: dict[str, int] | None = None) -> None:
-    """``t`` is a floating-point tensor of dimensions ``dims``; those in ``wanted`` have that size.
+    """``t`` is a dense tensor of a dtype in DTYPES and of dimensions ``dims``; those in ``wanted`` have that size.
 
     Raises:
-        TypeError: it is no tensor, or not floating-point.
+        TypeError: it is no tensor, not dense, or of another dtype.
         ValueError: its shape is another.
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor [{', '.join(dims)}]")
+    if t.layout != torch.strided or t.is_nested:
+        raise TypeError(f"{name}: got a tensor that is {'nested' if t.is_nested else t.layout}, wanted a dense one")
     sizes = [f"{d}={wanted[d]}" if wanted and d in wanted and d != str(wanted[d]) else d for d in dims]
     described = f"{name}: got shape {list(t.shape)}, wanted [{', '.join(sizes)}]"
     if t.dim() != len(dims):
@@ -218,11 +221,17 @@ def check_tensor(name: str, t, dims: tuple[str, ...], wanted: dict[str, int] | N
     for size, dim in zip(t.shape, dims, strict=True):
         if wanted and dim in wanted and size != wanted[dim]:
             raise ValueError(described)
-    if not t.is_floating_point():
-        raise TypeError(f"{name}: got dtype {t.dtype}, wanted a floating-point one")
+    check_dtype(name, t.dtype)
     for dim in ("T", "C", "H", "W"):
         if dim in dims and t.shape[dims.index(dim)] == 0:
             raise ValueError(f"{described} with {dim} at least 1")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """``dtype`` is one of DTYPES."""
+    if dtype not in DTYPES:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name}: got dtype {dtype}, wanted one of {wanted}")
 
 
 def check_same_kind(name: str, t: Tensor, other_name: str, other: Tensor | None) -> None:

@@ -221,12 +221,14 @@ def check_lengths(lengths: Tensor | None, batch: int, steps: int, device: torch.
         raise TypeError(f"lengths: got {type(lengths).__name__}, wanted a tensor or list of {batch} integers")
     try:
         lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths: got {lengths!r}, wanted a tensor or list of {batch} integers") from error
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: got dtype {lengths.dtype}, wanted integers")
     if tuple(lengths.shape) != (batch,):
         raise ValueError(f"lengths: got shape {list(lengths.shape)}, wanted [B={batch}]")
+    if lengths.is_meta and device.type != "meta":
+        raise ValueError(f"lengths: got device meta, wanted one with values, such as the input's {device}")
     if torch.compiler.is_compiling():  # values are known when the graph runs
         torch._assert_async(((lengths >= 1) & (lengths <= steps)).all(), "lengths: wanted all in 1..T")
     elif batch and not (int(lengths.min()) >= 1 and int(lengths.max()) <= steps):

@@ -40,7 +40,7 @@ class Branch:
         check_kernel_size("kernels", as_pair(self.kernel_size, "kernels: kernel size"))
         for name in ("channels", "bottleneck"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if (name == "channels" or value is not None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"kernels: got {name} {value!r}, wanted an int of at least 1")
         if any(d < 1 for d in as_pair(self.dilation, "kernels: dilation")):
             raise ValueError(f"kernels: got dilation {self.dilation!r}, wanted at least 1")

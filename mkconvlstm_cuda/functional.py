@@ -10,6 +10,7 @@ from torch import Tensor
 from . import dispatch, ops, reference, tracing
 from .autograd import SequenceFunction, SequenceOptions, last_states, preactivations
 from .convolution import BranchWeights, TransitionWeights, sequence_of, time_major, transition_forward
+from .processes import check_fork
 from .reference import accumulate_dtype
 
 OUTPUT_PEEPHOLES = ("previous", "current")
@@ -180,6 +181,7 @@ def choose(
     """
     if torch.compiler.is_compiling():
         return dispatch.choose_traced(live_parts, backend)
+    check_fork(x.device)
     batch, _, _, height, width = x.shape
     known = {}
     if not live_parts:

@@ -25,7 +25,7 @@ from .layer import MKConvLSTM
 # A structure is what a kernel is compiled for: on GPUs, where that takes seconds, many calls share one.
 CALLS_PER_STRUCTURE = {"cpu": 1, "cuda": 20}
 MOST_MULTIPLICATIONS = {"cpu": 10**7, "cuda": 10**9}
-DRAWS = 8  # of other values, where an error is past its limit by so little that chance could have done it
+DRAWS = 32  # of other values, where an error is past its limit by so little that chance could have done it
 CHANCE = 10.0
 SHRINKING_SECONDS = 20.0
 

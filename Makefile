@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test wheel clean
+.PHONY: demo test sanitize wheel clean
 
 demo: $(VENV)/.demo  ## train a forecaster on moving handwritten digits and draw what it predicts
 	$(BIN)/mkconvlstm forecast --output demo
@@ -13,6 +13,9 @@ test: $(VENV)/.test  ## lint and all tests that this machine can run
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+sanitize: $(VENV)/.test  ## the compiled code under sanitizers: the host's here, the kernels' where there is a GPU
+	$(BIN)/python -m mkconvlstm_cuda.bench.sanitize
 
 wheel: $(VENV)/.build  ## dist/*.whl
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -280,6 +280,54 @@ def forecast(
     )
 
 
+@app.command()
+def experiment(
+    name: Annotated[Optional[str], typer.Argument(help="Which; see --list.")] = None,  # noqa: UP045
+    list_names: Annotated[bool, typer.Option("--list", help="Only print the names, one a line.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small: about a minute on a CPU.")] = False,
+    output: Annotated[Path, typer.Option("--out", help="Folder; results go to OUT/NAME.")] = Path("experiments"),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the runs in the folder that are done.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """One of the paper's experiments: several seeds, intervals, and what has become of the paper's claims.
+
+    Started by torchrun, the processes share out the runs.
+    """
+    from . import experiments
+
+    if list_names:
+        typer.echo("\n".join(experiments.EXPERIMENTS))
+        return
+    if name not in experiments.EXPERIMENTS:
+        raise typer.BadParameter(f"no experiment {name}; there are {', '.join(experiments.EXPERIMENTS)}")
+    try:
+        results = experiments.run(
+            experiments.EXPERIMENTS[name],
+            output,
+            quick=quick,
+            resume=resume,
+            device=None if device is None else pick_device(device),
+            console=console,
+        )
+    except KeyboardInterrupt:
+        how = " --quick" if quick else ""
+        console.print(f"stopped; continue with: mkconvlstm experiment {name}{how} --out {output} --resume")
+        raise typer.Exit(130) from None
+    except (ValueError, ImportError) as error:
+        console.print(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(2) from None
+    if results is None:  # another process tells
+        return
+    table = Table("the paper", "measured", "mean", "95% interval", "", title=f"{name}: {results['question']}")
+    for claim in results["claims"]:
+        found = claim["interval"]
+        ends = "" if found["low"] is None else f"{found['low']:.4g} .. {found['high']:.4g}"
+        told = f"{claim['words']} ({claim['where']})", claim["measured"]
+        table.add_row(*map(escape, told), f"{found['mean']:.4g}", ends, claim["verdict"])
+    console.print(table)
+    console.print(f"wrote {output / name / 'results.json'} and {', '.join(results['figures'])} beside it")
+
+
 def summary(metrics: dict) -> Table:
     """The numbers of a forecast against those of copying the last frame."""
     scores, training = metrics["evaluation"], metrics["training"]

@@ -4,7 +4,6 @@ Agethen & Hsu, section III-B1: 10 frames in, 10 frames out, sigmoid cross-entrop
 """
 
 import json
-import os
 import platform
 import signal
 import threading
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from .data import MovingDigits, load_mnist
+from .files import atomic
 from .models import Forecaster, compare_with_last_frame, sequence_cross_entropy
 
 CHECKPOINT = "checkpoint.pt"
@@ -137,7 +137,7 @@ class Trainer:
             "seconds": self.seconds,
             "losses": self.losses,
         }
-        with _atomic(path) as temporary:
+        with atomic(path) as temporary:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
@@ -206,7 +206,7 @@ def run(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = Settings(digits="scikit-learn" if mnist is None else "mnist", **settings)
     if settings.precision == "auto":
-        settings = replace(settings, precision="bfloat16" if _has_fast_bfloat16(device) else "float32")
+        settings = replace(settings, precision="bfloat16" if has_fast_bfloat16(device) else "float32")
     output = Path(output)
     digits = None if mnist is None else load_mnist(mnist)
     trainer = Trainer(settings, settings.clips(digits, "train"), device, backend)
@@ -239,7 +239,7 @@ def run(
     _draw_png(output / "forecast.png", past, future, predicted, metrics)
     _draw_gif(output / "forecast.gif", past, future, predicted)
     metrics["seconds"] = round(time.perf_counter() - started, 1)
-    with _atomic(output / "metrics.json") as temporary:
+    with atomic(output / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     return metrics
 
@@ -290,18 +290,7 @@ def _deferred_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
-@contextmanager
-def _atomic(path: Path):
-    """A temporary path that becomes `path` if all goes well, and vanishes if not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _has_fast_bfloat16(device: torch.device) -> bool:
+def has_fast_bfloat16(device: torch.device) -> bool:
     """Tensor cores from Ampere on, or a CPU with matrix units for bfloat16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -365,7 +354,7 @@ def _draw_png(path: Path, past: Tensor, future: Tensor, predicted: Tensor, metri
     for axes in (by_frame, loss):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    with _atomic(path) as temporary:
+    with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
 
@@ -392,5 +381,5 @@ def _draw_gif(path: Path, past: Tensor, future: Tensor, predicted: Tensor, scale
                 page.paste(Image.fromarray(shown[row, t, :, :, column].numpy()), (left, top))
                 draw.rectangle((left - 1, top - 1, left + side, top + side), outline=colour)
         frames.append(page)
-    with _atomic(path) as temporary:
+    with atomic(path) as temporary:
         frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=200, loop=0)

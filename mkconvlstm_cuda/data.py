@@ -72,6 +72,7 @@ class MovingDigits(Dataset):
         digit_size: height and width of a digit, in pixels; images are resized to it by antialiased bicubic
             interpolation.
         test_fraction: share of the digit images that is held out for "test".
+        device: where clips are painted, and what they come out on; None for the CPU.
 
     Raises:
         ValueError, TypeError: an argument is out of its range; the message names it.
@@ -91,6 +92,7 @@ class MovingDigits(Dataset):
         image_size: int = 64,
         digit_size: int = 22,
         test_fraction: float = 0.2,
+        device: torch.device | str | None = None,
     ):
         if split not in _SPLITS:
             raise ValueError(f"split: got {split!r}, wanted one of {_SPLITS}")
@@ -114,8 +116,8 @@ class MovingDigits(Dataset):
             raise ValueError(f"digits: {count} images cannot be split with test_fraction = {test_fraction}")
         order = torch.from_numpy(np.random.default_rng(_SPLIT_SEED).permutation(count))
         self.image_ids = order[:held_out] if split == "test" else order[held_out:]
-        self.images = _resize(images[self.image_ids], digit_size)
-        self.labels = labels[self.image_ids]
+        self.images = _resize(images[self.image_ids], digit_size).to(device)
+        self.labels = labels[self.image_ids].to(device)
         self.split, self.length, self.seed = split, length, seed
         self.speeds, self.speed_spread = speeds, speed_spread
         self.num_frames, self.image_size, self.digit_size = num_frames, image_size, digit_size
@@ -133,11 +135,11 @@ class MovingDigits(Dataset):
         """The clips `indices`, all fields with a leading `B = len(indices)`; equal to stacking single clips."""
         motion = self.motion(indices)
         frames, owner = self._paint(motion, with_owner=True)
-        step = motion.position.diff(dim=2)  # [B, D, T, 2]
-        step = step.permute(0, 2, 3, 1).to(torch.float32)  # [B, T, 2, D]
+        step = motion.position.diff(dim=2).to(owner.device, torch.float32)  # [B, D, T, 2]
+        step = step.permute(0, 2, 3, 1)  # [B, T, 2, D]
         flat = owner.flatten(-2)[:, :, None].expand(-1, -1, 2, -1)  # [B, T, 2, H*W]
         flow = step.gather(-1, flat.clamp(min=0)) * (flat >= 0)
-        return Clip(frames, flow.unflatten(-1, owner.shape[-2:]), owner, self.labels[motion.image])
+        return Clip(frames, flow.unflatten(-1, owner.shape[-2:]), owner, self.labels[motion.image.to(owner.device)])
 
     def frames(self, indices: Sequence[int]) -> Tensor:
         """Only the frames of the clips `indices`, [B, T, 1, H, W] float32: what `batch` gives, in less time."""
@@ -164,14 +166,16 @@ class MovingDigits(Dataset):
     def _paint(self, motion: Motion, with_owner: bool) -> tuple[Tensor, Tensor | None]:
         """Frames [B, T, 1, H, W] and, if asked for, owner [B, T, H, W]."""
         size, batch, digits = self.image_size, *motion.image.shape
-        canvas = torch.zeros(batch, self.num_frames, size * size)
-        owner = torch.full(canvas.shape, -1) if with_owner else None
+        device = self.images.device
+        canvas = torch.zeros(batch, self.num_frames, size * size, device=device)
+        owner = torch.full(canvas.shape, -1, device=device) if with_owner else None
         corner = motion.position[:, :, 1:, 1] * size + motion.position[:, :, 1:, 0]  # [B, D, T]
-        offsets = torch.arange(self.digit_size)
+        image, corner = (t.to(device, non_blocking=True) for t in (motion.image, corner))
+        offsets = torch.arange(self.digit_size, device=device)
         offsets = (offsets[:, None] * size + offsets).flatten()
         for d in range(digits):
             where = corner[:, d, :, None] + offsets  # [B, T, digit_size^2]
-            pixels = self.images[motion.image[:, d]].flatten(1)[:, None].expand_as(where)
+            pixels = self.images[image[:, d]].flatten(1)[:, None].expand_as(where)
             below = canvas.gather(-1, where)
             canvas.scatter_(-1, where, torch.maximum(pixels, below))
             if owner is not None:

@@ -1,11 +1,12 @@
 """The paper's experiments on data that anyone has: `mkconvlstm experiment NAME`."""
 
-from . import table3_parameters
+from . import fig3_speed, table3_parameters
 from .claims import Claim
 from .experiment import Experiment, Measured, Progress, Results, Settings
 from .runner import run
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (table3_parameters.EXPERIMENT,)}
-"""By name. A new experiment is a module with an `EXPERIMENT`, and its entry here."""
+MODULES = (fig3_speed, table3_parameters)
+EXPERIMENTS: dict[str, Experiment] = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
+"""By name. A new experiment is a module with an `EXPERIMENT`, and its entry in `MODULES`."""
 
 __all__ = ["EXPERIMENTS", "Claim", "Experiment", "Measured", "Progress", "Results", "Settings", "run"]

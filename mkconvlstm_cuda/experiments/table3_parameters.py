@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..layer import MKConvLSTM
+from . import figures
 from .claims import Claim
 from .experiment import Experiment, Measured, Progress, Results, Settings
 
@@ -76,10 +77,7 @@ def judge(settings: Settings, results: Results) -> list[Claim]:
 
 
 def draw(settings: Settings, results: Results, folder: Path) -> list[Path]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = figures.panels(1, width=6, height=3)
     names = list(settings["variants"])
     of_input, of_hidden = (
         [results.over_seeds(name, f"{half}_weights").mean() / 1e6 for name in names] for half in ("input", "hidden")
@@ -90,10 +88,7 @@ def draw(settings: Settings, results: Results, folder: Path) -> list[Path]:
     axes.set(xlabel="weights, millions")
     axes.invert_yaxis()
     axes.legend()
-    axes.spines[["top", "right"]].set_visible(False)
-    path = folder / "parameters.png"
-    figure.savefig(path, dpi=100)
-    return [path]
+    return [figures.save(figure, folder / "parameters.png")]
 
 
 EXPERIMENT = Experiment(

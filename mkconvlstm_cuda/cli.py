@@ -294,6 +294,7 @@ def experiment(
     Started by torchrun, the processes share out the runs.
     """
     from . import experiments
+    from .experiments.page import ends
 
     if list_names:
         typer.echo("\n".join(experiments.EXPERIMENTS))
@@ -321,9 +322,8 @@ def experiment(
     table = Table("the paper", "measured", "mean", "95% interval", "", title=f"{name}: {results['question']}")
     for claim in results["claims"]:
         found = claim["interval"]
-        ends = "" if found["low"] is None else f"{found['low']:.4g} .. {found['high']:.4g}"
         told = f"{claim['words']} ({claim['where']})", claim["measured"]
-        table.add_row(*map(escape, told), f"{found['mean']:.4g}", ends, claim["verdict"])
+        table.add_row(*map(escape, told), f"{found['mean']:.4g}", ends(found), claim["verdict"])
     console.print(table)
     console.print(f"wrote {output / name / 'results.json'} and {', '.join(results['figures'])} beside it")
 

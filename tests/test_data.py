@@ -229,3 +229,12 @@ def test_missing_mnist_files_are_named(mnist):
         load_mnist(mnist[0], "test")
     with pytest.raises(ValueError, match="part: got 'all'"):
         load_mnist(mnist[0], "all")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_clips_are_the_same_on_any_device():
+    here, there = (MovingDigits(speeds=(1.0, 8.0), device=device).batch([3, 5]) for device in ("cpu", "cuda"))
+    for name, of_cpu, of_gpu in zip(here._fields, here, there, strict=True):
+        assert of_gpu.is_cuda, name
+        assert torch.equal(of_cpu, of_gpu.cpu()), name

@@ -36,3 +36,22 @@ def curve(axes, x: Sequence[float], intervals: Sequence[Interval], **options) ->
 def save(figure, path: Path) -> Path:
     figure.savefig(path, dpi=100)
     return path
+
+
+def tile(maps: np.ndarray, columns: int) -> np.ndarray:
+    """[n, H, W] in rows of `columns`, with a seam of NaN, which `show` leaves white."""
+    n, height, width = maps.shape
+    rows = -(-n // columns)
+    cells = np.full((rows * columns, height + 1, width + 1), np.nan)
+    cells[:n, :height, :width] = maps
+    page = cells.reshape(rows, columns, height + 1, width + 1).swapaxes(1, 2)
+    return page.reshape(rows * (height + 1), columns * (width + 1))[:-1, :-1]
+
+
+def show(axes, image: np.ndarray, title: str, low: float = 0.0, high: float = 1.0) -> None:
+    """An image in grey, `low` black and `high` white."""
+    axes.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+    axes.set_title(title, fontsize=9)
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..files import atomic
 from .experiment import Experiment, Measured, Results
+from .page import page
 
 
 class Team:
@@ -70,8 +71,8 @@ def run(
 ) -> dict[str, Any] | None:
     """Does every run of an experiment that is not done yet, then judges and draws.
 
-    Writes into `output`/NAME: `results.json`, figures, and `runs/`, with a JSON file and, where a run has tensors, a
-    safetensors file for each variant and seed, written when that run is done.
+    Writes into `output`/NAME: `results.json`, `results.md`, figures, and `runs/`, with a JSON file and, where a run has
+    tensors, a safetensors file for each variant and seed, written when that run is done.
 
     Args:
         experiment: which.
@@ -122,6 +123,8 @@ def run(
     }
     with atomic(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
+    with atomic(folder / "results.md") as temporary:
+        temporary.write_text(page(told))
     return told
 
 

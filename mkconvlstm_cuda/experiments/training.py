@@ -1,4 +1,4 @@
-"""The training loop that experiments share: Adam; on a GPU in a CUDA graph, since small models are bound by the host."""
+"""The training loop that experiments share: Adam; on a GPU in a CUDA graph, as small models wait for the host."""
 
 from __future__ import annotations
 

@@ -17,21 +17,39 @@ namespace {
 
 using Branch = std::tuple<int64_t, int64_t, int64_t>;
 
-ForwardPlan forward_plan(int64_t batch, int64_t height, int64_t width, const std::vector<Branch>& branches,
-                         int multiprocessors, int shared_memory) {
+SequenceProblem problem_of(int64_t batch, int64_t height, int64_t width, const std::vector<Branch>& branches) {
   SequenceProblem problem{batch, height, width, {}};
   for (const auto& [kernel_height, kernel_width, channels] : branches)
     problem.branches.push_back({kernel_height, kernel_width, channels});
-  return plan_forward(problem, {multiprocessors, shared_memory});
+  return problem;
+}
+
+ForwardPlan forward_plan(int64_t batch, int64_t height, int64_t width, const std::vector<Branch>& branches,
+                         int multiprocessors, int shared_memory) {
+  return plan_forward(problem_of(batch, height, width, branches), {multiprocessors, shared_memory});
+}
+
+BackwardPlan backward_plan(int64_t batch, int64_t height, int64_t width, const std::vector<Branch>& branches,
+                           int multiprocessors, int shared_memory, int pieces) {
+  return plan_backward(problem_of(batch, height, width, branches), {multiprocessors, shared_memory}, pieces);
+}
+
+int unit_count(const ForwardPlan& plan) {
+  const sm90::Run& last = plan.program.runs[0][plan.program.run_count[0] - 1];
+  return last.first + last.count;
+}
+
+int unit_count(const BackwardPlan& plan) {
+  const sm90::Piece& last = plan.program.pieces[plan.program.piece_count - 1];
+  return last.first_unit + last.units;
 }
 
 // The products of a tile in order: box, tap (dy, dx), rows that it moves by, and what happens to the box.
-py::list units(const ForwardPlan& plan) {
-  const sm90::Program& program = plan.program;
+template <typename Plan>
+py::list units(const Plan& plan) {
+  const auto& program = plan.program;
   py::list result;
-  const int last = program.run_count[0] - 1;
-  const int count = program.runs[0][last].first + program.runs[0][last].count;
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < unit_count(plan); ++i) {
     const sm90::Unit& unit = program.units[i];
     const auto is = [&](sm90::UnitFlag flag) { return (unit.flags & flag) != 0; };
     result.append(py::dict("box"_a = unit.box,
@@ -76,31 +94,64 @@ py::list boxes(const ForwardPlan& plan) {
   return result;
 }
 
+// Which units each piece has, and its boxes in the order of their first use: part, and the first of the gates.
+py::list pieces(const BackwardPlan& plan) {
+  py::list result;
+  for (int p = 0; p < plan.program.piece_count; ++p) {
+    const sm90::Piece& piece = plan.program.pieces[p];
+    py::list boxes;
+    for (int i = 0; i < piece.boxes; ++i) {
+      const sm90::GateBox& box = plan.program.boxes[piece.first_box + i];
+      boxes.append(py::make_tuple(box.part, box.first));
+    }
+    result.append(py::dict("first"_a = piece.first_unit, "count"_a = piece.units, "boxes"_a = boxes));
+  }
+  return result;
+}
+
+// What both plans have.
+template <typename Plan>
+py::class_<Plan> bind_plan(py::module_& m, const char* name, const char* doc) {
+  return py::class_<Plan>(m, name, doc)
+      .def_readonly("tiles_m", &Plan::tiles_m)
+      .def_readonly("tiles_n", &Plan::tiles_n)
+      .def_readonly("blocks", &Plan::blocks)
+      .def_readonly("shared_memory", &Plan::shared_memory)
+      .def_property_readonly("box_slots", [](const Plan& plan) { return plan.program.box_slots; })
+      .def_property_readonly("box_rows",
+                             [](const Plan& plan) { return plan.program.box_chunks * plan.program.chunk_rows; })
+      .def_property_readonly("chunk_rows", [](const Plan& plan) { return plan.program.chunk_rows; })
+      .def_property_readonly("halo", [](const Plan& plan) { return plan.program.halo; })
+      .def_property_readonly("stages", [](const Plan& plan) { return plan.program.stages; })
+      .def_property_readonly("stages_per_tile", [](const Plan& plan) { return plan.program.stages_per_tile; })
+      .def_property_readonly("units", &units<Plan>);
+}
+
 }  // namespace
 
 void bind_sequence_plan(py::module_& m) {
-  py::class_<ForwardPlan>(m, "ForwardPlan", "How the recurrence runs forward on Hopper.")
-      .def_readonly("tiles_m", &ForwardPlan::tiles_m)
-      .def_readonly("tiles_n", &ForwardPlan::tiles_n)
-      .def_readonly("blocks", &ForwardPlan::blocks)
-      .def_readonly("shared_memory", &ForwardPlan::shared_memory)
-      .def_property_readonly("box_slots", [](const ForwardPlan& plan) { return plan.program.box_slots; })
-      .def_property_readonly("box_rows",
-                             [](const ForwardPlan& plan) { return plan.program.box_chunks * plan.program.chunk_rows; })
-      .def_property_readonly("chunk_rows", [](const ForwardPlan& plan) { return plan.program.chunk_rows; })
-      .def_property_readonly("halo", [](const ForwardPlan& plan) { return plan.program.halo; })
-      .def_property_readonly("stages", [](const ForwardPlan& plan) { return plan.program.stages; })
-      .def_property_readonly("stages_per_tile", [](const ForwardPlan& plan) { return plan.program.stages_per_tile; })
+  bind_plan<ForwardPlan>(m, "ForwardPlan", "How the recurrence runs forward on Hopper.")
       .def_property_readonly("groups", &groups)
       .def_property_readonly("boxes", &boxes)
-      .def_property_readonly("units", &units)
       .def("runs", &runs, "consumer"_a);
+  bind_plan<BackwardPlan>(m, "BackwardPlan", "How the recurrence runs backward on Hopper.")
+      .def_property_readonly("items", &BackwardPlan::items)
+      .def_property_readonly("packed_bytes", &BackwardPlan::packed_bytes)
+      .def_property_readonly("partial_bytes", &BackwardPlan::partial_bytes)
+      .def_property_readonly("tile_channels",
+                             [](const BackwardPlan& plan) { return plan.program.chunks * sm90::kChunkChannels; })
+      .def_property_readonly("pieces", &pieces);
 
   m.def("plan_forward", &forward_plan,
         "The recurrence forward on Hopper. branches: (kernel height, kernel width, hidden channels) of each.\n"
         "Raises ValueError with the reason where the kernels cannot serve the problem.",
         py::kw_only(), "batch"_a, "height"_a, "width"_a, "branches"_a, "multiprocessors"_a = 132,
         "shared_memory"_a = 232448);
+  m.def("plan_backward", &backward_plan,
+        "The recurrence backward on Hopper; arguments as above. pieces: how many a tile is cut into, 0 for the best.\n"
+        "Raises ValueError with the reason where the kernels cannot serve the problem.",
+        py::kw_only(), "batch"_a, "height"_a, "width"_a, "branches"_a, "multiprocessors"_a = 132,
+        "shared_memory"_a = 232448, "pieces"_a = 0);
 }
 
 }  // namespace mkconvlstm

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "sequence_plan.h"
+#include "sm90/backward.h"
 #include "sm90/forward.h"
 
 namespace mkconvlstm {
@@ -101,73 +102,163 @@ CUtensorMap tensor_map(void* data, DType dtype, int64_t rows, int64_t columns, i
   return map;
 }
 
+struct Sizes {
+  int64_t batch, steps, hidden, height, width;
+
+  int64_t numel() const { return batch * steps * hidden * height * width; }
+};
+
+// One or two branches, and each one's part of z.
+struct Branches {
+  SequenceProblem problem;
+  const void* weights[2] = {};
+  void* z[2] = {};
+
+  Branches(const char* op, const Checker& checker, const Sizes& sizes, const OptionalTensor (&zs)[2],
+           const OptionalTensor (&all_weights)[2])
+      : problem{sizes.batch, sizes.height, sizes.width, {}} {
+    const int64_t hidden = sizes.hidden;
+    for (int r = 0; r < 2 && all_weights[r]; ++r) {
+      const Tensor& weight = *all_weights[r];
+      STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) % 4 == 0 && weight.size(1) == hidden && zs[r], op,
+                      ": weights must be [4 * channels, hidden, kernel height, kernel width], one for each z");
+      problem.branches.push_back({weight.size(2), weight.size(3), weight.size(0) / 4});
+      weights[r] = checker.read<void>(weight, "weight", weight.numel(), checker.type());
+      z[r] = checker.read<void>(*zs[r], "z", sizes.numel() / hidden * weight.size(0), checker.type());
+    }
+    STD_TORCH_CHECK(sizes.numel() <= std::numeric_limits<int32_t>::max(), op,
+                    ": h must have at most 2^31 - 1 elements");
+    STD_TORCH_CHECK(problem.hidden() == hidden, op, ": the branches must serve all hidden channels");
+  }
+};
+
+cudaStream_t current_stream(const Checker& checker) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(checker.device(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// What both passes know of a sequence.
+template <typename Pass, typename Plan>
+Pass new_pass(const Plan& plan, const Sizes& sizes) {
+  Pass pass{};
+  pass.program = plan.program;
+  pass.steps = static_cast<int>(sizes.steps);
+  pass.hidden = static_cast<int>(sizes.hidden);
+  pass.height = static_cast<int>(sizes.height);
+  pass.width = static_cast<int>(sizes.width);
+  pass.pixels = static_cast<int>(sizes.batch) * pass.height * pass.width;
+  pass.tiles_m = plan.tiles_m;
+  pass.tiles_n = plan.tiles_n;
+  return pass;
+}
+
 void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTensor weight_1, OptionalTensor bias_0,
                   OptionalTensor bias_1, Tensor h, Tensor c, OptionalTensor h_0, OptionalTensor c_0, bool keep) {
   const char* op = "sm90_forward";
   const Checker checker(op, z_0);
   STD_TORCH_CHECK(h.dim() == 5, op, ": h must be [batch, steps, hidden, height, width]");
-  const int64_t batch = h.size(0), steps = h.size(1), hidden = h.size(2), height = h.size(3), width = h.size(4);
-  const int64_t pixels = batch * height * width;
   const ScalarType half = checker.type(), single = ScalarType::Float;
-
-  SequenceProblem problem{batch, height, width, {}};
-  const void* weights[2] = {};
-  void* z[2] = {};
-  const float* biases[2] = {};
-  const OptionalTensor zs[2] = {z_0, z_1}, all_weights[2] = {weight_0, weight_1}, all_biases[2] = {bias_0, bias_1};
-  for (int r = 0; r < 2 && all_weights[r]; ++r) {
-    const Tensor& weight = *all_weights[r];
-    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) % 4 == 0 && weight.size(1) == hidden && zs[r], op,
-                    ": weights must be [4 * channels, hidden, kernel height, kernel width], one for each z");
-    const BranchShape branch{weight.size(2), weight.size(3), weight.size(0) / 4};
-    problem.branches.push_back(branch);
-    weights[r] = checker.read<void>(weight, "weight", weight.numel(), half);
-    z[r] = checker.read<void>(*zs[r], "z", steps * pixels * 4 * branch.channels, half);
-    biases[r] = checker.read<const float>(all_biases[r], "bias", 4 * branch.channels, single);
-  }
-  STD_TORCH_CHECK(h.numel() <= std::numeric_limits<int32_t>::max(), op, ": h must have at most 2^31 - 1 elements");
-  STD_TORCH_CHECK(problem.hidden() == hidden, op, ": the branches must serve all hidden channels");
+  const Sizes sizes{h.size(0), h.size(1), h.size(2), h.size(3), h.size(4)};
+  const Branches branches(op, checker, sizes, {z_0, z_1}, {weight_0, weight_1});
+  const OptionalTensor biases[2] = {bias_0, bias_1};
 
   const torch::stable::accelerator::DeviceGuard guard(checker.device());
-  const ForwardPlan plan = plan_forward(problem, device_limits(checker.device(), op));
-  sm90::Forward forward{};
-  forward.program = plan.program;
+  const ForwardPlan plan = plan_forward(branches.problem, device_limits(checker.device(), op));
+  auto forward = new_pass<sm90::Forward>(plan, sizes);
   for (int g = 0; g < 2; ++g) {
     const ColumnGroup& group = plan.groups[g];
-    forward.groups[g] = {
-        z[group.branch],       biases[group.branch], static_cast<int>(problem.branches[group.branch].channels),
-        group.first_in_branch, group.first_hidden,   group.channels};
+    const int channels = static_cast<int>(branches.problem.branches[group.branch].channels);
+    forward.groups[g] = {branches.z[group.branch],
+                         checker.read<const float>(biases[group.branch], "bias", 4 * channels, single),
+                         channels,
+                         group.first_in_branch,
+                         group.first_hidden,
+                         group.channels};
   }
+  const int64_t state_elements = int64_t{forward.pixels} * forward.hidden;
   Tensor packed = scratch(h, plan.packed_bytes());
   Tensor counters = scratch(h, 2 * plan.tiles_m * sizeof(uint32_t));
-  Tensor state = scratch(h, 2 * pixels * hidden * 2);
+  Tensor state = scratch(h, 2 * state_elements * 2);
   forward.packed = static_cast<char*>(packed.data_ptr());
   forward.counters = static_cast<uint32_t*>(counters.data_ptr());
   forward.state = state.data_ptr();
-  forward.h = checker.read<void>(h, "h", steps * pixels * hidden, half);
-  forward.c = checker.read<float>(c, "c", (keep ? steps : 1) * pixels * hidden, single);
-  forward.c_0 = checker.read<const float>(c_0, "c_0", pixels * hidden, single);
-  forward.pixels = static_cast<int>(pixels);
-  forward.steps = static_cast<int>(steps);
-  forward.height = static_cast<int>(height);
-  forward.width = static_cast<int>(width);
-  forward.hidden = static_cast<int>(hidden);
-  forward.tiles_m = plan.tiles_m;
-  forward.tiles_n = plan.tiles_n;
+  forward.h = checker.read<void>(h, "h", h.numel(), half);
+  forward.c = checker.read<float>(c, "c", (keep ? forward.steps : 1) * state_elements, single);
+  forward.c_0 = checker.read<const float>(c_0, "c_0", state_elements, single);
   forward.has_h_0 = h_0.has_value();
   forward.keep = keep;
 
-  void* torch_stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(checker.device(), &torch_stream));
-  const auto stream = static_cast<cudaStream_t>(torch_stream);
-  sm90::pack(plan, problem, weights, static_cast<char*>(packed.data_ptr()), stream);
+  const cudaStream_t stream = current_stream(checker);
+  sm90::pack(plan, branches.problem, branches.weights, static_cast<char*>(packed.data_ptr()), stream);
   check_cuda(cudaMemsetAsync(forward.counters, 0, counters.numel(), stream), op);
   if (h_0) {
-    const auto* initial = checker.read<const void>(h_0, "h_0", pixels * hidden, half);
-    check_cuda(cudaMemcpyAsync(forward.state, initial, pixels * hidden * 2, cudaMemcpyDeviceToDevice, stream), op);
+    const auto* initial = checker.read<const void>(h_0, "h_0", state_elements, half);
+    check_cuda(cudaMemcpyAsync(forward.state, initial, state_elements * 2, cudaMemcpyDeviceToDevice, stream), op);
   }
-  const CUtensorMap map = tensor_map(forward.state, checker.dtype(), 2 * pixels, hidden, plan.program.chunk_rows, op);
+  const CUtensorMap map =
+      tensor_map(forward.state, checker.dtype(), 2 * forward.pixels, forward.hidden, plan.program.chunk_rows, op);
   sm90::launch(forward, map, checker.dtype(), plan.blocks, plan.shared_memory, stream);
+  check_cuda(cudaGetLastError(), op);
+}
+
+void sm90_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, OptionalTensor weight_1, Tensor c,
+                   OptionalTensor c_0, OptionalTensor dh, OptionalTensor dc_n, OptionalTensor lengths,
+                   OptionalTensor dh_0, Tensor dc) {
+  const char* op = "sm90_backward";
+  const Checker checker(op, gates_0);
+  STD_TORCH_CHECK(c.dim() == 5, op, ": c must be [steps, batch, height, width, hidden]");
+  const ScalarType half = checker.type(), single = ScalarType::Float;
+  const Sizes sizes{c.size(1), c.size(0), c.size(4), c.size(2), c.size(3)};
+  const Branches branches(op, checker, sizes, {gates_0, gates_1}, {weight_0, weight_1});
+  STD_TORCH_CHECK(sizes.steps <= std::numeric_limits<int32_t>::max() / (sizes.batch * sizes.height * sizes.width), op,
+                  ": there must be at most 2^31 - 1 pixels in all steps");
+
+  const torch::stable::accelerator::DeviceGuard guard(checker.device());
+  const BackwardPlan plan = plan_backward(branches.problem, device_limits(checker.device(), op));
+  auto backward = new_pass<sm90::Backward>(plan, sizes);
+  const int64_t state_elements = int64_t{backward.pixels} * backward.hidden;
+  backward.items = plan.items();
+  backward.parts[1].first_hidden = backward.hidden;
+  for (size_t r = 0; r < branches.problem.branches.size(); ++r) {
+    const int before = r == 0 ? 0 : backward.parts[0].channels;
+    backward.parts[r] = {branches.z[r], static_cast<int>(branches.problem.branches[r].channels), before};
+  }
+  backward.c_is_half = c.scalar_type() != single;
+  backward.c = checker.read<const void>(c, "c", sizes.numel(), backward.c_is_half ? half : single);
+  backward.c_0 = checker.read<const float>(c_0, "c_0", state_elements, single);
+  if (dh) {
+    STD_TORCH_CHECK(dh->dim() == 4 && dh->numel() == c.numel() && dh->scalar_type() == half, op,
+                    ": dh must be [batch, steps, hidden, height * width] of the gates' type");
+    backward.dh = dh->data_ptr();
+    backward.dh_image = dh->stride(0);
+    backward.dh_step = dh->stride(1);
+    backward.dh_channel = dh->stride(2);
+    backward.dh_pixel = dh->stride(3);
+  }
+  backward.dc_n = checker.read<const float>(dc_n, "dc_n", state_elements, single);
+  if (lengths) backward.lengths = checker.read<const int64_t>(*lengths, "lengths", sizes.batch, ScalarType::Long);
+  backward.dh_0 = checker.read<void>(dh_0, "dh_0", state_elements, half);
+  backward.dc = checker.read<float>(dc, "dc", state_elements, single);
+  const int64_t tiles = int64_t{plan.tiles_m} * plan.tiles_n;
+  Tensor packed = scratch(c, plan.packed_bytes());
+  Tensor partial = scratch(c, plan.partial_bytes());
+  Tensor counters = scratch(c, (tiles + plan.tiles_m) * sm90::kCounterStride * sizeof(uint32_t));
+  backward.packed = static_cast<char*>(packed.data_ptr());
+  backward.partial = static_cast<float4*>(partial.data_ptr());
+  backward.summed = static_cast<uint32_t*>(counters.data_ptr());
+  backward.finished = backward.summed + tiles * sm90::kCounterStride;
+
+  const cudaStream_t stream = current_stream(checker);
+  sm90::pack(plan, branches.problem, branches.weights, static_cast<char*>(packed.data_ptr()), stream);
+  check_cuda(cudaMemsetAsync(backward.summed, 0, counters.numel(), stream), op);
+  CUtensorMap maps[2];
+  for (size_t r = 0; r < 2; ++r) {
+    const int part = r < branches.problem.branches.size() ? static_cast<int>(r) : 0;
+    maps[r] = tensor_map(backward.parts[part].gates, checker.dtype(), int64_t{backward.steps} * backward.pixels,
+                         4 * backward.parts[part].channels, plan.program.chunk_rows, op);
+  }
+  sm90::launch(backward, maps, checker.dtype(), plan.blocks, plan.shared_memory, stream);
   check_cuda(cudaGetLastError(), op);
 }
 
@@ -184,6 +275,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mkconvlstm, m) {
       "sm90_forward(Tensor(a!) z_0, Tensor(b!)? z_1, Tensor weight_0, Tensor? weight_1, Tensor? bias_0, Tensor? "
       "bias_1, "
       "Tensor(c!) h, Tensor(d!) c, Tensor? h_0, Tensor? c_0, bool keep) -> ()");
+  // Backward. The gates become the gradients of the pre-activations. c [steps, batch, height, width, hidden], float32
+  // or of their type; dh [batch, steps, hidden, height * width] of any strides; dc_n, dh_0 and dc [pixels, hidden], the
+  // last two written; lengths [batch] int64: the steps after which dc_n enters.
+  m.def(
+      "sm90_backward(Tensor(a!) gates_0, Tensor(b!)? gates_1, Tensor weight_0, Tensor? weight_1, Tensor c, Tensor? "
+      "c_0, "
+      "Tensor? dh, Tensor? dc_n, Tensor? lengths, Tensor(c!)? dh_0, Tensor(d!) dc) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mkconvlstm, CUDA, m) { m.impl("sm90_forward", TORCH_BOX(&mkconvlstm::sm90_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(mkconvlstm, CUDA, m) {
+  m.impl("sm90_forward", TORCH_BOX(&mkconvlstm::sm90_forward));
+  m.impl("sm90_backward", TORCH_BOX(&mkconvlstm::sm90_backward));
+}

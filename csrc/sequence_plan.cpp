@@ -21,6 +21,7 @@ constexpr int kMaxRadius = 15;  // of a kernel; bits of a word say which neighbo
 // of them keeps the tensor cores busy while the other computes gates.
 constexpr int kDelayBoth = 4;
 constexpr int kDelaySecond = 8;
+constexpr int kBackwardBoxes = 3;  // at a time: one is multiplied, others are on their way
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
@@ -82,7 +83,7 @@ std::vector<Tap> list_taps(const std::array<ColumnGroup, 2>& groups) {
 }
 
 // Blocks of channels, those that hold only the first group's first: they are published first.
-void fill_boxes(const std::array<ColumnGroup, 2>& groups, int64_t hidden, Program& program) {
+void fill_boxes(const std::array<ColumnGroup, 2>& groups, int64_t hidden, ForwardProgram& program) {
   program.box_count = 0;
   for (const int wanted : {1, 3, 2}) {
     for (int channel = 0; channel < hidden; channel += kBoxChannels) {
@@ -96,15 +97,22 @@ void fill_boxes(const std::array<ColumnGroup, 2>& groups, int64_t hidden, Progra
   }
 }
 
-// As many boxes as fit beside a sufficient ring of weights: all of a tile, or at least two, so that the next tile's
-// first box arrives while this one is multiplied.
-void divide_shared_memory(const HopperLimits& limits, Program& program) {
+// The rows of a box, which serve all taps up to the radii.
+void set_halo(int64_t width, Program& program) {
+  if (std::max(program.radius_y, program.radius_x) > kMaxRadius) refuse("the kernel is too large");
+  const int64_t halo = program.radius_y * width + program.radius_x;
+  if (halo > std::numeric_limits<int16_t>::max()) refuse("the image is too wide");
+  program.halo = static_cast<int>(halo);
+}
+
+// At most that many boxes, as fit beside a sufficient ring of weights.
+void divide_shared_memory(const HopperLimits& limits, int box_slots, Program& program) {
   const int rows = round_up(kTileRows + 2 * program.halo, kSwizzleRows);
   program.box_chunks = ceil_div(rows, kMaxBoxRows);
   program.chunk_rows = round_up(ceil_div(rows, program.box_chunks), kSwizzleRows);
   const int available = limits.shared_memory - kZeroBytes - kBarrierBytes;
   const auto stages = [&](int slots) { return (available - slots * program.box_bytes()) / kStageBytes; };
-  program.box_slots = std::max(program.box_count, 2);
+  program.box_slots = box_slots;
   while (program.box_slots > 1 && stages(program.box_slots) < kMinStages) --program.box_slots;
   program.stages = std::min(kMaxStages, stages(program.box_slots));
   if (program.stages < kMinStages) refuse("the image is too wide: a tile and its halo do not fit into shared memory");
@@ -118,7 +126,7 @@ struct Step {
 // The first boxes with all of their taps, then the shared taps of the others, then their remaining taps. So the first
 // group is complete, and on its way to the other blocks, while the second is still multiplied; and what other blocks
 // publish last is needed last. `whole` boxes are not kept for the remaining taps.
-std::vector<Step> order_products(const Program& program, int shared, int taps) {
+std::vector<Step> order_products(const ForwardProgram& program, int shared, int taps) {
   const int boxes = program.box_count;
   int first_only = 0;
   while (first_only < boxes && program.boxes[first_only].groups == 1) ++first_only;
@@ -138,7 +146,7 @@ std::vector<Step> order_products(const Program& program, int shared, int taps) {
 
 int stages_of(const Step& step) { return step.columns == Columns::kBoth ? step.taps : ceil_div(step.taps, 2); }
 
-void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, int64_t width, Program& program) {
+void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, int64_t width, ForwardProgram& program) {
   int count = 0;
   std::array<bool, kMaxBoxes> seen{};
   std::array<int, kMaxBoxes> last_use{};
@@ -159,7 +167,7 @@ void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, in
 }
 
 // The order of products as a consumer follows it, cut where it finishes a group.
-void fill_runs(const std::vector<Step>& steps, int consumer, Program& program) {
+void fill_runs(const std::vector<Step>& steps, int consumer, ForwardProgram& program) {
   int& count = program.run_count[consumer];
   count = 0;
   int unit = 0;
@@ -191,6 +199,80 @@ void fill_runs(const std::vector<Step>& steps, int consumer, Program& program) {
   if (last_both + 1 == steps.size()) add(Columns::kSecond, 0, kFinishFirst);
 }
 
+int shared_memory(const Program& program) {
+  return program.box_slots * program.box_bytes() + kZeroBytes + program.stages * kStageBytes + kBarrierBytes;
+}
+
+// Every tap of every 64 gates; where dz is read, a tap's neighbour lies on the other side. Returns each unit's gates.
+std::vector<GateBox> fill_backward_units(const SequenceProblem& problem, Program& program) {
+  std::vector<GateBox> boxes;
+  for (size_t part = 0; part < problem.branches.size(); ++part) {
+    const BranchShape& branch = problem.branches[part];
+    const int radius_y = branch.kernel_height / 2, radius_x = branch.kernel_width / 2;
+    for (int gate = 0; gate < 4 * branch.channels; gate += kBoxChannels) {
+      for (int dy = -radius_y; dy <= radius_y; ++dy) {
+        for (int dx = -radius_x; dx <= radius_x; ++dx) {
+          if (boxes.size() == kMaxUnits) refuse("too many products");
+          program.units[boxes.size()] = {static_cast<int16_t>(dy * problem.width + dx),
+                                         static_cast<uint8_t>(dy + program.radius_y),
+                                         static_cast<uint8_t>(dx + program.radius_x), 0, 0};
+          boxes.push_back({static_cast<int16_t>(part), static_cast<int16_t>(gate)});
+        }
+      }
+    }
+  }
+  return boxes;
+}
+
+int most_pieces(const Program& program) { return std::min(kMaxPieces, program.stages_per_tile); }
+
+// Cycles of a step, roughly as measured. What comes between a tile's products and those of its next step, the way of
+// its sums and gradients from block to block, is hidden only behind the block's other items.
+int64_t step_cycles(const BackwardProgram& program, int64_t tiles, int pieces, int multiprocessors) {
+  const int64_t rounds = ceil_div(tiles * pieces, multiprocessors);
+  const int64_t item =
+      ceil_div(program.stages_per_tile, pieces) * (program.columns == Columns::kBoth ? 550 : 800) + 3000;
+  const int64_t between = 6000 + ceil_div(program.chunks, pieces) * (2000 + 700 * pieces);
+  return std::max(rounds * item, item + between);
+}
+
+int choose_pieces(const BackwardProgram& program, int64_t tiles, int multiprocessors) {
+  int best = 1;
+  for (int pieces = 2; pieces <= most_pieces(program); ++pieces) {
+    if (step_cycles(program, tiles, pieces, multiprocessors) < step_cycles(program, tiles, best, multiprocessors))
+      best = pieces;
+  }
+  return best;
+}
+
+// Pieces of whole stages, as equal as can be. A box belongs to as many pieces as have units of it.
+void cut(const std::vector<GateBox>& boxes, int pieces, BackwardProgram& program) {
+  int used = 0;
+  program.piece_count = pieces;
+  for (int p = 0; p < pieces; ++p) {
+    const int stages = program.stages_per_tile;
+    const int first = stages * p / pieces * program.stage_units;
+    const int last = std::min(stages * (p + 1) / pieces * program.stage_units, static_cast<int>(boxes.size()));
+    const int first_box = used;
+    for (int i = first; i < last; ++i) {
+      const auto same = [&](int other) {
+        return other >= first && other < last && boxes[i].part == boxes[other].part &&
+               boxes[i].first == boxes[other].first;
+      };
+      Unit& unit = program.units[i];
+      unit.flags = same(i + 1) ? 0 : kReleaseBox;
+      if (!same(i - 1)) {
+        if (used == kMaxPieceBoxes || used - first_box > std::numeric_limits<uint8_t>::max()) refuse("too many gates");
+        program.boxes[used++] = boxes[i];
+        unit.flags |= kEnterBox | kAcquireBox;
+      }
+      unit.box = static_cast<uint8_t>(used - 1 - first_box);
+    }
+    program.pieces[p] = {static_cast<uint16_t>(first), static_cast<uint16_t>(last - first),
+                         static_cast<uint16_t>(first_box), static_cast<uint16_t>(used - first_box)};
+  }
+}
+
 }  // namespace
 
 int64_t SequenceProblem::hidden() const {
@@ -200,25 +282,27 @@ int64_t SequenceProblem::hidden() const {
 }
 
 int64_t ForwardPlan::packed_bytes() const { return int64_t{tiles_n} * program.stages_per_tile * kStageBytes; }
+int64_t BackwardPlan::packed_bytes() const { return int64_t{tiles_n} * program.stages_per_tile * kStageBytes; }
+int64_t BackwardPlan::partial_bytes() const {
+  return int64_t{items()} * kTileRows * program.chunks * kChunkChannels * 4;
+}
 
 ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& limits) {
   check(problem);
   ForwardPlan plan;
-  Program& program = plan.program;
+  ForwardProgram& program = plan.program;
   plan.groups = column_groups(problem);
   const ColumnGroup& largest = plan.groups[1];
   program.radius_y = largest.kernel_height / 2;
   program.radius_x = largest.kernel_width / 2;
-  if (std::max(program.radius_y, program.radius_x) > kMaxRadius) refuse("the kernel is too large");
-  const int64_t halo = program.radius_y * problem.width + program.radius_x;
-  if (halo > std::numeric_limits<int16_t>::max()) refuse("the image is too wide");
-  program.halo = static_cast<int>(halo);
+  set_halo(problem.width, program);
   plan.taps = list_taps(plan.groups);
   if (plan.taps.size() > kMaxTaps) refuse("the kernel is too large");
   const int taps = static_cast<int>(plan.taps.size());
   const int shared = plan.groups[0].kernel_height * plan.groups[0].kernel_width;
   fill_boxes(plan.groups, problem.hidden(), program);
-  divide_shared_memory(limits, program);
+  // All of a tile, or at least two, so that the next tile's first box arrives while this one is multiplied.
+  divide_shared_memory(limits, std::max(program.box_count, 2), program);
 
   const std::vector<Step> steps = order_products(program, shared, taps);
   program.stages_per_tile = 0;
@@ -235,8 +319,40 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
   plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
   plan.tiles_n = ceil_div(std::max(plan.groups[0].channels, plan.groups[1].channels), kGroupChannels);
   plan.blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, int64_t{plan.tiles_m} * plan.tiles_n));
-  plan.shared_memory =
-      program.box_slots * program.box_bytes() + kZeroBytes + program.stages * kStageBytes + kBarrierBytes;
+  plan.shared_memory = shared_memory(program);
+  return plan;
+}
+
+BackwardPlan plan_backward(const SequenceProblem& problem, const HopperLimits& limits, int pieces) {
+  check(problem);
+  BackwardPlan plan;
+  BackwardProgram& program = plan.program;
+  for (const BranchShape& branch : problem.branches) {
+    program.radius_y = std::max(program.radius_y, static_cast<int>(branch.kernel_height / 2));
+    program.radius_x = std::max(program.radius_x, static_cast<int>(branch.kernel_width / 2));
+    if (branch.kernel_height * branch.kernel_width > kMaxTaps) refuse("the kernel is too large");
+  }
+  set_halo(problem.width, program);
+  divide_shared_memory(limits, kBackwardBoxes, program);
+  program.columns = problem.hidden() > kGroupColumns ? Columns::kBoth : Columns::kSecond;
+  program.stage_units = program.columns == Columns::kBoth ? 1 : 2;
+  program.chunks = (program.columns == Columns::kBoth ? 2 : 1) * kGroupColumns / kChunkChannels;
+  plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
+  plan.tiles_n = ceil_div(problem.hidden(), program.chunks * kChunkChannels);
+
+  const std::vector<GateBox> boxes = fill_backward_units(problem, program);
+  const int units = static_cast<int>(boxes.size());
+  program.stages_per_tile = ceil_div(units, program.stage_units);
+  const int64_t tiles = int64_t{plan.tiles_m} * plan.tiles_n;
+  if (pieces == 0) pieces = choose_pieces(program, tiles, limits.multiprocessors);
+  if (pieces < 1 || pieces > most_pieces(program)) refuse("a tile cannot be cut into so many pieces");
+  cut(boxes, pieces, program);
+
+  const int64_t items = tiles * pieces;
+  if (items > std::numeric_limits<int32_t>::max() / (kTileRows * program.chunks * kChunkChannels))
+    refuse("too many tiles");
+  plan.blocks = ceil_div(items, ceil_div(items, limits.multiprocessors));
+  plan.shared_memory = shared_memory(program);
   return plan;
 }
 

@@ -49,7 +49,7 @@ struct Tap {
 };
 
 struct ForwardPlan {
-  sm90::Program program{};
+  sm90::ForwardProgram program{};
   std::vector<Tap> taps;  // those of both groups first
   std::array<ColumnGroup, 2> groups{};
   int tiles_m = 0;  // tiles of pixels
@@ -63,7 +63,23 @@ struct ForwardPlan {
   int64_t packed_bytes() const;
 };
 
-// Throws std::invalid_argument with the reason where the kernels cannot serve the problem.
+// A tile's sum over all gates and taps is cut into the program's pieces, one an item; items are dealt to blocks in
+// turn, all pieces of a tile after those of the tile before, tiles of the same pixels one after another.
+struct BackwardPlan {
+  sm90::BackwardProgram program{};
+  int tiles_m = 0;  // tiles of pixels
+  int tiles_n = 0;  // tiles of hidden channels
+  int blocks = 0;
+  int shared_memory = 0;
+
+  int items() const { return tiles_m * tiles_n * program.piece_count; }
+  int64_t packed_bytes() const;   // of the weights
+  int64_t partial_bytes() const;  // of the sums of all items
+};
+
+// Both throw std::invalid_argument with the reason where the kernels cannot serve the problem.
 ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& limits);
+// pieces: how many a tile is cut into; 0: as many as are thought best.
+BackwardPlan plan_backward(const SequenceProblem& problem, const HopperLimits& limits, int pieces = 0);
 
 }  // namespace mkconvlstm

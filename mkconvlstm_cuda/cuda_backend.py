@@ -1,6 +1,6 @@
 """The ``cuda`` backend: the fused recurrence where a family of kernels has it, else ``aten``'s loop with fused gates.
 
-``sm90``: half types on Hopper, forward. ``simt``: float64, and float32 where torch's switches demand full precision.
+``sm90``: half types on Hopper. ``simt``: float64, and float32 where torch's switches demand full precision.
 """
 
 from __future__ import annotations
@@ -47,9 +47,14 @@ def forward(
 
 
 def backward(gates: list[Tensor], h: Tensor, c: Tensor, hidden: TransitionWeights, h_0, c_0, peephole, *args):
-    """See :func:`aten.backward`. What Hopper's kernels ran forward, Triton's run backward where there is Triton."""
+    """See :func:`aten.backward`. Triton's kernels run where Hopper's only ran forward, or are no faster."""
+    serves = [sm90.refusal(gates, hidden, peephole, direction) is None for direction in ("backward", "forward")]
+    has_triton = any(serves) and triton_backend.available() is None
+    if serves[0] and not (has_triton and sum(hidden.sizes) <= sm90.NARROW):
+        _, dh, dc_n, lengths = args
+        return sm90.backward(gates, c, hidden, h_0, c_0, dh, dc_n, lengths)
     args = (h_0, c_0, peephole, *args)
-    if sm90.refusal(gates, hidden, peephole) is None and triton_backend.available() is None:
+    if has_triton:
         return triton_backend.backward(gates, h, c, hidden, *args)
     if simt.refusal(gates, hidden) is None:
         return simt.backward(gates, h, c, hidden, *args)

@@ -10,9 +10,15 @@ from torch import Tensor
 
 from .convolution import TransitionWeights, split_gates, whole_bias
 
+# With no more hidden channels backward multiplies 64 columns at a time, which keeps the tensor cores waiting for its
+# other operand: measured, Triton's kernels are as fast then.
+NARROW = 64
 
-def refusal(z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | None) -> str | None:
-    """None where the kernels compute this recurrence, else why not."""
+
+def refusal(
+    z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | None, direction: str = "forward"
+) -> str | None:
+    """None where the kernels compute this recurrence in that direction, "forward" or "backward", else why not."""
     part = z[0]
     if part.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, and the input is {part.dtype}"
@@ -26,7 +32,9 @@ def refusal(z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | N
         return "h would have 2^31 elements or more"
     branches = tuple((*b.weight.shape[2:], b.weight.shape[0] // 4) for b in hidden.branches)
     limits = device_limits(part.device)
-    return limits if isinstance(limits, str) else plan_refusal(part.shape[0], *part.shape[3:], branches, *limits)
+    if isinstance(limits, str):
+        return limits
+    return plan_refusal(direction, part.shape[0], *part.shape[3:], branches, *limits)
 
 
 @functools.cache
@@ -42,6 +50,7 @@ def device_limits(device: torch.device) -> tuple[int, int] | str:
 
 @functools.lru_cache(maxsize=1024)
 def plan_refusal(
+    direction: str,
     batch: int,
     height: int,
     width: int,
@@ -54,7 +63,8 @@ def plan_refusal(
 
     limits = {"multiprocessors": multiprocessors, "shared_memory": shared_memory}
     try:
-        _C.plan_forward(batch=batch, height=height, width=width, branches=list(branches), **limits)
+        plan = _C.plan_forward if direction == "forward" else _C.plan_backward
+        plan(batch=batch, height=height, width=width, branches=list(branches), **limits)
     except ValueError as error:
         return str(error)
     return None
@@ -124,3 +134,46 @@ def forward(
         keep,
     )
     return h, c.permute(1, 0, 4, 2, 3)
+
+
+def backward(
+    gates: list[Tensor],
+    c: Tensor,
+    hidden: TransitionWeights,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    dh: Tensor | None,
+    dc_n: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """Backward through all T steps.
+
+    Args:
+        gates: for each branch r the activated gates, of shape and memory as :func:`forward` left them; overwritten by
+            the gradients of the pre-activations.
+        c: [B, T, F, H, W], float32 or of the gates' dtype, in the memory of [T, B, H, W, F].
+        hidden: one or two branches, in the gates' dtype.
+        h_0: None where its gradient is not wanted.
+        c_0: [B, F, H, W] float32, or None for zeros.
+        dh: [B, T, F, H, W] in the gates' dtype, of any strides, from outside the recurrence; or None for zeros.
+        dc_n: [B, F, H, W], the gradient of the last cell state, that after ``lengths`` [B] steps where those are given;
+            or None for zeros.
+
+    Returns:
+        dh_0 [B, F, H, W] in the gates' dtype, or None without h_0; dc_0 [B, F, H, W] float32.
+    """
+    batch, _, _, height, width = gates[0].shape
+    dc = c.new_empty((batch, height, width, sum(hidden.sizes)), dtype=torch.float32)
+    dh_0 = None if h_0 is None else torch.empty_like(dc, dtype=gates[0].dtype)
+    torch.ops.mkconvlstm.sm90_backward(
+        *pair([in_place(part) for part in gates]),
+        *pair([aligned(b.weight.contiguous()) for b in hidden.branches]),
+        in_place(c),
+        by_time(c_0),
+        None if dh is None else dh.flatten(3),  # a copy only where rows of an image are apart
+        None if dc_n is None else by_time(dc_n.float()),
+        None if lengths is None else aligned(lengths.contiguous()),
+        dh_0,
+        dc,
+    )
+    return None if dh_0 is None else dh_0.permute(0, 3, 1, 2), dc.permute(0, 3, 1, 2)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from mkconvlstm_cuda import _C, sm90
+from mkconvlstm_cuda import _C, aten, cuda_backend, simt, sm90, triton_backend
 from mkconvlstm_cuda.convolution import BranchWeights, TransitionWeights
 
 TILE_ROWS, STAGE_BYTES, ROW_BYTES = 128, 16384, 128
@@ -30,15 +30,39 @@ def random_problem(rng):
     }
 
 
-def plans():
+def plans(plan=_C.plan_forward):
     """Plans of all workloads, and of those random problems that are served."""
     for problem in WORKLOADS.values():
-        yield problem, _C.plan_forward(**problem)
+        yield problem, plan(**problem)
     rng = random.Random(0)
     for _ in range(400):
         problem = random_problem(rng)
         with contextlib.suppress(ValueError):
-            yield problem, _C.plan_forward(**problem)
+            yield problem, plan(**problem)
+
+
+def assert_memory_fits(problem, plan):
+    assert plan.shared_memory <= 232448, problem
+    assert plan.shared_memory >= plan.box_slots * plan.box_rows * ROW_BYTES + plan.stages * STAGE_BYTES, problem
+    assert plan.box_rows >= TILE_ROWS + 2 * plan.halo, problem
+    assert plan.chunk_rows <= 256, problem
+    assert plan.chunk_rows % 8 == 0, problem
+
+
+def assert_boxes_are_there(problem, units, box_slots):
+    """Each box from its first use to its last, in the order in which they came."""
+    held = []
+    for i, unit in enumerate(units):
+        if i == 0 or units[i - 1]["box"] != unit["box"]:
+            assert unit["enters"], problem
+        if unit["acquires"]:
+            assert unit["box"] not in held, problem
+            held.append(unit["box"])
+            assert len(held) <= box_slots, problem
+        assert unit["box"] in held, problem
+        if unit["releases"]:
+            assert unit["box"] == held.pop(0), problem
+    assert held == [], problem
 
 
 def positions(kernel):
@@ -82,24 +106,55 @@ def test_every_product_once():
 
 def test_memory_is_there_when_it_is_used():
     for problem, plan in plans():
-        assert plan.shared_memory <= 232448, problem
-        assert plan.shared_memory >= plan.box_slots * plan.box_rows * ROW_BYTES + plan.stages * STAGE_BYTES, problem
-        assert plan.box_rows >= TILE_ROWS + 2 * plan.halo, problem
-        assert plan.chunk_rows <= 256, problem
-        assert plan.chunk_rows % 8 == 0, problem
+        assert_memory_fits(problem, plan)
         assert 1 <= plan.stages < plan.stages_per_tile, problem
-        held = []
-        for i, unit in enumerate(plan.units):
-            if i == 0 or plan.units[i - 1]["box"] != unit["box"]:
-                assert unit["enters"], problem
-            if unit["acquires"]:
-                assert unit["box"] not in held, problem
-                held.append(unit["box"])
-                assert len(held) <= plan.box_slots, problem
-            assert unit["box"] in held, problem
-            if unit["releases"]:
-                assert unit["box"] == held.pop(0), problem  # in the order in which they came
-        assert held == [], problem
+        assert_boxes_are_there(problem, plan.units, plan.box_slots)
+
+
+def test_every_product_of_a_gradient_once():
+    served = 0
+    for problem, plan in plans(_C.plan_backward):
+        served += 1
+        assert_memory_fits(problem, plan)
+        done = []
+        for piece in plan.pieces:
+            units = plan.units[piece["first"] : piece["first"] + piece["count"]]
+            assert units, problem
+            assert_boxes_are_there(problem, units, plan.box_slots)
+            acquired = [unit["box"] for unit in units if unit["acquires"]]
+            assert acquired == list(range(len(piece["boxes"]))), problem
+            for unit in units:
+                done.append((piece["boxes"][unit["box"]], unit["tap"]))
+                assert unit["rows"] == unit["tap"][0] * problem["width"] + unit["tap"][1], problem
+            # Two taps of 64 channels share a stage of weights, and pieces share none.
+            assert plan.tile_channels == 128 or piece["first"] % 2 == 0, problem
+        wanted = {
+            ((part, gate), tap)
+            for part, (*kernel, channels) in enumerate(problem["branches"])
+            for gate in range(0, 4 * channels, 64)
+            for tap in positions(kernel)
+        }
+        assert len(done) == len(wanted), problem
+        assert set(done) == wanted, problem
+        hidden = sum(channels for *_, channels in problem["branches"])
+        assert plan.tiles_n * plan.tile_channels >= hidden, problem
+        assert plan.tiles_m * TILE_ROWS >= problem["batch"] * problem["height"] * problem["width"], problem
+        assert plan.items == plan.tiles_m * plan.tiles_n * len(plan.pieces), problem
+        assert plan.partial_bytes == plan.items * TILE_ROWS * plan.tile_channels * 4, problem
+        assert plan.packed_bytes == plan.tiles_n * plan.stages_per_tile * STAGE_BYTES, problem
+        assert 1 <= plan.blocks <= min(132, plan.items), problem
+    assert served > 300
+
+
+def test_pieces_are_even():
+    for pieces in range(1, 33):
+        plan = _C.plan_backward(**WORKLOADS["paper_mk35"], pieces=pieces)
+        counts = [piece["count"] for piece in plan.pieces]
+        assert len(counts) == pieces
+        assert max(counts) - min(counts) <= 1
+    for pieces in (-1, 33):
+        with pytest.raises(ValueError, match="so many pieces"):
+            _C.plan_backward(**WORKLOADS["paper_mk35"], pieces=pieces)
 
 
 def test_groups_are_finished_when_their_sums_are_complete():
@@ -125,7 +180,6 @@ def test_groups_are_finished_when_their_sums_are_complete():
         ({"branches": [(3, 3, 8)] * 3}, "one or two branches"),
         ({"branches": [(3, 3, 12)]}, "multiple of 8"),
         ({"branches": [(2, 3, 16)]}, "odd"),
-        ({"branches": [(3, 5, 16), (5, 3, 16)]}, "within the other"),
         ({"branches": [(33, 33, 16)]}, "kernel is too large"),
         ({"width": 2000}, "too wide"),
         ({"branches": [(3, 3, 4096)]}, "too many hidden channels"),
@@ -133,9 +187,17 @@ def test_groups_are_finished_when_their_sums_are_complete():
         ({"batch": 10**7}, "too many elements"),
     ],
 )
-def test_refusals_say_why(change, reason):
+@pytest.mark.parametrize("plan", [_C.plan_forward, _C.plan_backward], ids=["forward", "backward"])
+def test_refusals_say_why(plan, change, reason):
     with pytest.raises(ValueError, match=reason):
-        _C.plan_forward(**{**WORKLOADS["paper_mk35"], **change})
+        plan(**{**WORKLOADS["paper_mk35"], **change})
+
+
+def test_forward_alone_wants_one_kernel_within_the_other():
+    problem = {**WORKLOADS["paper_mk35"], "branches": [(3, 5, 16), (5, 3, 16)]}
+    with pytest.raises(ValueError, match="within the other"):
+        _C.plan_forward(**problem)
+    assert _C.plan_backward(**problem).pieces
 
 
 @pytest.mark.parametrize(
@@ -149,12 +211,36 @@ def test_refusals_say_why(change, reason):
         ({"kernel": 2}, "odd"),
     ],
 )
-def test_refusal_of_operands(change, reason, monkeypatch):
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_refusal_of_operands(change, reason, direction, monkeypatch):
     monkeypatch.setattr(sm90, "device_limits", lambda _: (132, 232448))
     options = {"dtype": torch.bfloat16, "peephole": False, "mix": False, "dilation": (1, 1), "kernel": 3} | change
     kernel, dtype = options["kernel"], options["dtype"]
     branch = BranchWeights(torch.zeros((32, 8, kernel, kernel), dtype=dtype), dilation=options["dilation"])
     hidden = TransitionWeights((branch,), mix=torch.zeros((32, 8, 1, 1)) if options["mix"] else None)
     z = [torch.zeros((2, 3, 32, 5, 4), dtype=dtype)]
-    got = sm90.refusal(z, hidden, torch.zeros((3, 8, 1, 1)) if options["peephole"] else None)
+    got = sm90.refusal(z, hidden, torch.zeros((3, 8, 1, 1)) if options["peephole"] else None, direction)
     assert got is None if reason is None else reason in got
+
+
+@pytest.mark.parametrize(
+    ("channels", "served", "triton", "wanted"),
+    [
+        (72, ("forward", "backward"), True, "sm90"),
+        (72, ("forward", "backward"), False, "sm90"),
+        (64, ("forward", "backward"), True, "triton"),
+        (64, ("forward", "backward"), False, "sm90"),
+        (72, ("forward",), True, "triton"),
+        (72, ("backward",), True, "sm90"),
+        (72, (), True, "aten"),
+        (72, ("forward",), False, "aten"),
+    ],
+)
+def test_who_runs_backward(channels, served, triton, wanted, monkeypatch):
+    monkeypatch.setattr(sm90, "refusal", lambda *args: None if args[3] in served else "no")
+    monkeypatch.setattr(triton_backend, "available", lambda: None if triton else "no")
+    monkeypatch.setattr(simt, "refusal", lambda *_: "no")
+    for module, name in ((sm90, "sm90"), (triton_backend, "triton"), (aten, "aten")):
+        monkeypatch.setattr(module, "backward", lambda *_, name=name, **__: name)
+    hidden = TransitionWeights((BranchWeights(torch.zeros((4 * channels, channels, 3, 3))),))
+    assert cuda_backend.backward([], None, None, hidden, None, None, None, "previous", None, None, None) == wanted

@@ -1,10 +1,12 @@
-"""The recurrence on Hopper against the equations in float32, on hidden states rounded as the kernel rounds them."""
+"""The recurrence on Hopper: forward against the equations in float32, on hidden states rounded as the kernel rounds
+them; backward against ``aten`` in float64.
+"""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from mkconvlstm_cuda import library, sm90
+from mkconvlstm_cuda import aten, library, sm90
 from mkconvlstm_cuda.convolution import BranchWeights, TransitionWeights
 
 pytestmark = [
@@ -28,7 +30,8 @@ PROBLEMS = {
     "one_step": (2, 1, (6, 6), [(3, 32)]),
     "one_pixel": (1, 2, (1, 1), [(3, 16), (5, 16)]),
 }
-# A gate is rounded once, where it is stored; h and c come from what is not yet rounded.
+# A gate is rounded once, where it is stored; h and c come from what is not yet rounded. Backward multiplies gradients
+# that are rounded as they are stored.
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -103,3 +106,51 @@ def test_forward(problem, dtype, state):
     for other_h, other_c, _ in results[1:]:  # the same bits each time, and without the gates
         assert torch.equal(h, other_h)
         assert torch.equal(c[:, -other_c.shape[1] :], other_c)
+
+
+def gradients(gates, c, weights, h_0, c_0, dh, dc_n, lengths):
+    """dz of each branch, dc_0 and dh_0, in float64."""
+    h_0, c_0, dh, dc_n, c = (None if t is None else t.double() for t in (h_0, c_0, dh, dc_n, c))
+    dz = [part.double() for part in gates]
+    weights = weights.to(torch.float64)
+    dh_0, dc_0 = aten.backward(dz, torch.zeros_like(c), c, weights, h_0, c_0, None, "previous", dh, dc_n, lengths)
+    return [*dz, dc_0, *([] if dh_0 is None else [dh_0])]
+
+
+def strided(x):
+    """``x`` [B, T, C, H, W] with channels innermost in memory."""
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+@pytest.mark.parametrize("how", ["state", "no state", "lengths"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_backward(problem, dtype, how):
+    z, weights, h_0, c_0 = make(problem, dtype, how != "no state")
+    generator = torch.Generator("cuda").manual_seed(1)
+    batch, steps, _, *size = z[0].shape
+    shape = (batch, steps, sum(weights.sizes), *size)
+    c, dh = (torch.randn(shape, generator=generator, device="cuda") for _ in range(2))
+    dc_n = torch.randn((batch, *shape[2:]), generator=generator, device="cuda")
+    c, dh = c.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3), dh.to(dtype)
+    lengths = None
+    if how == "lengths":  # and what recomputation hands over
+        lengths = torch.randint(1, steps + 1, (batch,), generator=generator, device="cuda")
+        c, dh = c.to(dtype), strided(dh)
+    elif how == "no state":
+        dh = None
+    gates = []
+    for part in z:
+        i, f, g, o = part.chunk(4, dim=2)
+        gates.append(part.copy_(torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], dim=2)))
+    want = gradients(gates, c, weights, h_0, c_0, dh, dc_n, lengths)
+    results = []
+    for _ in range(2):
+        dz = [part.clone(memory_format=torch.preserve_format) for part in gates]
+        poison((dc_n.numel(), torch.float32), (dc_n.numel(), dtype), (1 << 22, torch.float32))
+        dh_0, dc_0 = sm90.backward(dz, c, weights, h_0, c_0, dh, dc_n, lengths)
+        results.append([*dz, dc_0, *([] if dh_0 is None else [dh_0])])
+    assert (h_0 is None) == (dh_0 is None)
+    for got, again, wanted in zip(*results, want, strict=True):
+        assert (got.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
+        assert torch.equal(got, again)

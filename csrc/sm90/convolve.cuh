@@ -10,6 +10,8 @@
 
 namespace mkconvlstm::sm90 {
 
+constexpr int kProducerWarps = 4;
+
 // Where everything lies in shared memory.
 struct SharedMemory {
   uint32_t boxes, zeros, stages, stage_full, stage_empty, box_full, box_empty, finished;
@@ -47,10 +49,10 @@ struct SharedMemory {
   }
 };
 
-// One lane: the packed weights of one tile, stage by stage.
+// One lane: so many stages of packed weights.
 __device__ __forceinline__ void stream_weights(const Program& program, const SharedMemory& shared, const char* packed,
-                                               RingPosition& ring) {
-  for (int stage = 0; stage < program.stages_per_tile; ++stage) {
+                                               int stages, RingPosition& ring) {
+  for (int stage = 0; stage < stages; ++stage) {
     wait(shared.stage_empty + 8 * ring.index, ring.phase ^ 1);
     expect_bytes(shared.stage_full + 8 * ring.index, kStageBytes);
     copy_bulk(shared.stages + ring.index * kStageBytes, packed + int64_t{stage} * kStageBytes, kStageBytes,
@@ -69,6 +71,18 @@ __device__ __forceinline__ void load_box(const Program& program, const SharedMem
                 row + chunk * program.chunk_rows, barrier);
   }
 }
+
+// The tiles whose pixels the taps of a tile touch.
+struct Neighbours {
+  int first_row;  // of the tile's boxes, in the flattened batch
+  int first, last;
+
+  __device__ Neighbours(const Program& program, int tile, int tiles) {
+    first_row = tile * kTileRows - program.halo;
+    first = max(0, first_row) / kTileRows;
+    last = min(tiles - 1, (first_row + kTileRows - 1 + 2 * program.halo) / kTileRows);
+  }
+};
 
 // The row of the tile whose operand a lane fetches, and which of its neighbours lie inside the image.
 struct FragmentRow {

@@ -9,10 +9,10 @@
 #include "convolve.cuh"
 #include "forward.h"
 #include "half_math.cuh"
+#include "launch.cuh"
 
 namespace mkconvlstm::sm90 {
 
-constexpr int kProducerWarps = 4;
 constexpr int kThreads = 32 * (kProducerWarps + 4 * kConsumers);
 constexpr int kTileChannels = kGroupColumns / 4;
 constexpr int kPublishThreads = 128 * kConsumers + 32;
@@ -174,25 +174,24 @@ class GateStep {
 
 // One warp: the boxes of every tile, once the blocks that make them have published them.
 __device__ __forceinline__ void load_images(const Forward& params, const SharedMemory& shared, const CUtensorMap* map) {
-  const Program& program = params.program;
+  const ForwardProgram& program = params.program;
   const int lane = threadIdx.x % 32, tiles = params.tiles_m * params.tiles_n;
   RingPosition ring;
   for (int step = params.has_h_0 ? 0 : 1; step < params.steps; ++step) {
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int first = tile % params.tiles_m * kTileRows - program.halo;
-      const int first_tile = max(0, first) / kTileRows;
-      const int last_tile = min(params.tiles_m - 1, (first + kTileRows - 1 + 2 * program.halo) / kTileRows);
+      const Neighbours near(program, tile % params.tiles_m, params.tiles_m);
       for (int box = 0; box < program.box_count; ++box) {
         wait(shared.box_empty + 8 * ring.index, ring.phase ^ 1);
         for (int group = 0; group < 2; ++group) {
           if ((program.boxes[box].groups >> group & 1) == 0) continue;
-          for (int m = first_tile + lane; m <= last_tile; m += 32)
+          for (int m = near.first + lane; m <= near.last; m += 32)
             wait_counter(params.counters + group * params.tiles_m + m, step * params.tiles_n);
         }
         fence_proxy_async();
         __syncwarp();
         if (lane == 0)
-          load_box(program, shared, map, program.boxes[box].channel, step % 2 * params.pixels + first, ring.index);
+          load_box(program, shared, map, program.boxes[box].channel, step % 2 * params.pixels + near.first_row,
+                   ring.index);
         __syncwarp();
         ring.advance(program.box_slots);
       }
@@ -216,7 +215,7 @@ __device__ __forceinline__ void publish_tiles(const Forward& params) {
 // Two warpgroups: products and gates.
 template <typename T>
 __device__ __forceinline__ void consume(const Forward& params, const SharedMemory& shared) {
-  const Program& program = params.program;
+  const ForwardProgram& program = params.program;
   const int warp = uniform(threadIdx.x / 32) - kProducerWarps, consumer = warp / 4;
   const int tiles = params.tiles_m * params.tiles_n;
   FragmentRow lane(program, warp);
@@ -288,7 +287,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int step = params.has_h_0 ? 0 : 1; step < params.steps; ++step) {
         for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
           const int64_t stages = int64_t{tile / params.tiles_m} * params.program.stages_per_tile;
-          stream_weights(params.program, shared, params.packed + stages * kStageBytes, ring);
+          stream_weights(params.program, shared, params.packed + stages * kStageBytes, params.program.stages_per_tile,
+                         ring);
         }
       }
     } else if (warp == 1) {
@@ -296,7 +296,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (warp == 2) {
       publish_tiles(params);
     } else if (threadIdx.x == 32 * 3) {
-      constexpr uint64_t kLongestTile = 20'000'000;  // nanoseconds, hundreds of times what a tile takes
       watch(shared.finished, kLongestTile * (100 + static_cast<uint64_t>(params.steps) * (1 + tiles / gridDim.x)));
     }
   } else {
@@ -309,18 +308,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T>
 void launch_forward(const Forward& forward, const CUtensorMap& state, int blocks, int shared_memory,
                     cudaStream_t stream) {
-  cudaFuncSetAttribute(forward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_memory);
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_memory;
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, forward_kernel<T>, state, forward);
+  launch_cooperative(forward_kernel<T>, blocks, kThreads, shared_memory, stream, state, forward);
 }
 
 }  // namespace mkconvlstm::sm90

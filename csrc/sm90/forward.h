@@ -22,7 +22,7 @@ struct GroupOperands {
 
 // pixels = batch * height * width, in this order.
 struct Forward {
-  Program program;
+  ForwardProgram program;
   GroupOperands groups[2];
   const char* packed;  // [tiles_n, stages_per_tile, kStageBytes]
   void* state;         // T [2, pixels, hidden]: h_t lies in half (t + 1) % 2; h_0 in the first

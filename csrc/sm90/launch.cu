@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "backward.h"
 #include "forward.h"
 
 namespace mkconvlstm::sm90 {
@@ -9,11 +10,20 @@ namespace mkconvlstm::sm90 {
 template <typename T>
 void launch_forward(const Forward& forward, const CUtensorMap& state, int blocks, int shared_memory,
                     cudaStream_t stream);
+template <typename T>
+void launch_backward(const Backward& backward, const CUtensorMap (&gates)[2], int blocks, int shared_memory,
+                     cudaStream_t stream);
 
 void launch(const Forward& forward, const CUtensorMap& state, DType dtype, int blocks, int shared_memory,
             cudaStream_t stream) {
   const auto chosen = dtype == DType::kFloat16 ? launch_forward<__half> : launch_forward<__nv_bfloat16>;
   chosen(forward, state, blocks, shared_memory, stream);
+}
+
+void launch(const Backward& backward, const CUtensorMap (&gates)[2], DType dtype, int blocks, int shared_memory,
+            cudaStream_t stream) {
+  const auto chosen = dtype == DType::kFloat16 ? launch_backward<__half> : launch_backward<__nv_bfloat16>;
+  chosen(backward, gates, blocks, shared_memory, stream);
 }
 
 }  // namespace mkconvlstm::sm90

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 
 void pack(const ForwardPlan& plan, const SequenceProblem& problem, const void* const* weights, char* packed,
           cudaStream_t stream) {
-  const Program& program = plan.program;
+  const ForwardProgram& program = plan.program;
   Pack p{};
   int positions = 0;
   for (int group = 0; group < 2; ++group) {

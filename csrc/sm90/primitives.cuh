@@ -75,6 +75,8 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t phase) {
       : "memory");
 }
 
+constexpr uint64_t kLongestTile = 20'000'000;  // nanoseconds, hundreds of times what a tile takes
+
 // Traps where the barrier's first phase takes longer than that.
 __device__ __forceinline__ void watch(uint32_t barrier, uint64_t nanoseconds) {
   const auto now = [] {

@@ -1,8 +1,8 @@
 // What a Hopper kernel does for one tile, as data: the plan writes it on the host, the kernels only follow it.
 //
-// A tile is kTileRows neighbouring pixels of the flattened batch times two groups of kGroupColumns output columns. The
-// operand h is read in boxes of kBoxChannels channels, each with all pixels that any tap of the tile touches. A tap is
-// one position of a kernel: the same rows of a box, moved by dy * width + dx.
+// A tile is kTileRows neighbouring pixels of the flattened batch times one or two groups of kGroupColumns output
+// columns. The operand, h or dz, is read in boxes of kBoxChannels channels, each with all pixels that any tap of the
+// tile touches. A tap is one position of a kernel: the same rows of a box, moved by dy * width + dx.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,9 @@ constexpr int kMaxBoxes = 32;
 constexpr int kMaxUnits = 1024;
 constexpr int kMaxRuns = 80;
 constexpr int kMaxStages = 8;
+constexpr int kMaxPieces = 32;
+constexpr int kMaxPieceBoxes = 256;
+constexpr int kChunkChannels = 16;  // that four neighbouring threads of a consumer have backward
 
 // What one tap of one box is multiplied into: both groups' sums or the second's alone.
 enum class Columns : uint8_t { kBoth, kSecond };
@@ -58,12 +61,9 @@ struct Box {
   uint8_t groups;   // bit g: group g's part of the previous step is in it
 };
 
+// What forward and backward have in common.
 struct Program {
   Unit units[kMaxUnits];
-  Run runs[kConsumers][kMaxRuns];
-  Box boxes[kMaxBoxes];
-  int run_count[kConsumers];
-  int box_count;
   int box_slots;           // boxes that shared memory holds at a time
   int box_chunks;          // TMA loads that fill a box
   int chunk_rows;          // of one load
@@ -73,6 +73,34 @@ struct Program {
   int stages_per_tile;
 
   int box_bytes() const { return box_chunks * chunk_rows * kRowBytes; }
+};
+
+struct ForwardProgram : Program {
+  Run runs[kConsumers][kMaxRuns];
+  Box boxes[kMaxBoxes];
+  int run_count[kConsumers];
+  int box_count;
+};
+
+// 64 gates of one part, whose gradients backward multiplies.
+struct GateBox {
+  int16_t part;
+  int16_t first;  // gate
+};
+
+// What one block multiplies of a tile: neighbouring units, and the boxes that these have.
+struct Piece {
+  uint16_t first_unit, units;
+  uint16_t first_box, boxes;  // a unit's box counts from the first
+};
+
+struct BackwardProgram : Program {
+  GateBox boxes[kMaxPieceBoxes];
+  Piece pieces[kMaxPieces];
+  int piece_count;
+  Columns columns;  // all units have the same
+  int stage_units;  // taps in a stage of weights
+  int chunks;       // a tile's columns in units of kChunkChannels
 };
 
 // Shared memory: boxes, 8 rows of zeros, the weights' ring, barriers.

@@ -1,0 +1,55 @@
+// The recurrence backward on Hopper: all steps in one launch.
+// All pointers are device memory, owned by the caller, who keeps it alive until the stream has passed the kernel.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../plan.h"
+#include "../sequence_plan.h"
+
+namespace mkconvlstm::sm90 {
+
+constexpr int kCounterStride = 32;  // 128 bytes: many blocks poll, and no two counters share a line
+
+// One branch's gates. An element type T is float16 or bfloat16.
+struct GatePart {
+  void* gates;  // T [steps, pixels, 4 * channels], gate-major; become the gradients of the pre-activations
+  int channels;
+  int first_hidden;
+};
+
+// pixels = batch * height * width, in this order.
+struct Backward {
+  BackwardProgram program;
+  GatePart parts[2];   // a second one without channels begins after all hidden channels
+  const char* packed;  // [tiles_n, stages_per_tile, kStageBytes]
+  const void* c;       // [steps, pixels, hidden], float or T
+  const float* c_0;    // [pixels, hidden]; null: zeros
+  const void* dh;      // T [batch, steps, hidden, height * width] of the strides below; null: zeros
+  int64_t dh_image, dh_step, dh_channel, dh_pixel;
+  const float* dc_n;       // [pixels, hidden]; null: zeros
+  const int64_t* lengths;  // [batch]: the steps after which dc_n enters; null: all
+  float* dc;               // [pixels, hidden]: dc_0 in the end
+  void* dh_0;              // T [pixels, hidden]; null: not wanted
+  float4* partial;         // [items, 2 * chunks, consumers' threads]: sums of what a piece multiplies
+  // Zeros, kCounterStride apart: how many there are, of all steps.
+  uint32_t* summed;    // [tiles]: pieces' sums
+  uint32_t* finished;  // [tiles_m]: shares of dz
+  int pixels, steps, height, width, hidden;
+  int tiles_m, tiles_n, items;
+  bool c_is_half;
+};
+
+// Asynchronous; errors of the launch are left to cudaGetLastError. Cooperative, as forward's launch. The maps are of
+// each part's gates, [steps * pixels, 4 * channels].
+void launch(const Backward& backward, const CUtensorMap (&gates)[2], DType dtype, int blocks, int shared_memory,
+            cudaStream_t stream);
+
+// weights: [4 * channels of the branch, hidden, kernel_height, kernel_width], 16-bit elements, one for each branch.
+void pack(const BackwardPlan& plan, const SequenceProblem& problem, const void* const* weights, char* packed,
+          cudaStream_t stream);
+
+}  // namespace mkconvlstm::sm90

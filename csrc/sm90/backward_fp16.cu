@@ -1,0 +1,7 @@
+#include "backward.cuh"
+
+namespace mkconvlstm::sm90 {
+
+template void launch_backward<__half>(const Backward&, const CUtensorMap (&)[2], int, int, cudaStream_t);
+
+}  // namespace mkconvlstm::sm90

@@ -5,11 +5,8 @@ Agethen & Hsu, section III-B1: 10 frames in, 10 frames out, sigmoid cross-entrop
 
 import json
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from torch import Tensor
 from .data import MovingDigits, load_mnist
 from .files import atomic
 from .models import Forecaster, compare_with_last_frame, sequence_cross_entropy
+from .runs import deferred_interrupt, has_fast_bfloat16, load_checkpoint, save_checkpoint
 
 CHECKPOINT = "checkpoint.pt"
 DEFAULT_MINUTES = 1.4
@@ -129,26 +127,19 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint that is either complete or not there."""
-        state = {
-            "settings": json.dumps(asdict(self.settings)),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "losses": self.losses,
-        }
-        with atomic(path) as temporary:
-            torch.save(state, temporary)
+        save_checkpoint(
+            path,
+            asdict(self.settings),
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            seconds=self.seconds,
+            losses=self.losses,
+        )
 
     def load(self, path: Path) -> None:
         """Continues from a checkpoint. Raises ValueError if it belongs to other settings."""
-        if not path.is_file():
-            raise ValueError(f"resume: there is no checkpoint at {path}")
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        theirs, ours = json.loads(state["settings"]), json.loads(json.dumps(asdict(self.settings)))
-        differing = [f"{k} = {theirs.get(k)}, not {ours[k]}" for k in ours if theirs.get(k) != ours[k]]
-        if differing:
-            raise ValueError(f"resume: {path} was made with {'; '.join(differing)}")
+        state = load_checkpoint(path, asdict(self.settings), self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
@@ -249,7 +240,7 @@ def _train(trainer: Trainer, checkpoint: Path, minutes, steps, console: Console,
     total = 60 * minutes if steps is None else steps
     earlier, started, saved = trainer.seconds, time.perf_counter(), time.perf_counter()
     columns = TextColumn("training"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bar, _deferred_interrupt() as interrupted:
+    with Progress(*columns, console=console) as bar, deferred_interrupt() as interrupted:
         task = bar.add_task("", total=total)
         while not interrupted.is_set():
             completed = trainer.seconds if steps is None else trainer.step
@@ -268,34 +259,6 @@ def _train(trainer: Trainer, checkpoint: Path, minutes, steps, console: Console,
         trainer.save(checkpoint)
     if interrupted.is_set():
         raise KeyboardInterrupt
-
-
-@contextmanager
-def _deferred_interrupt():
-    """Yields an Event that the first Ctrl-C sets, so that no step is cut in two; the second acts as it always does."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(signum, frame):
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Tensor cores from Ampere on, or a CPU with matrix units for bfloat16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we support
-    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
 
 
 def _require_pictures() -> None:

@@ -15,7 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import classifier_cli
+
 app = typer.Typer(help="Multi-kernel convolutional LSTM for PyTorch.", no_args_is_help=True, add_completion=False)
+app.add_typer(classifier_cli.app)
 console = Console()
 
 

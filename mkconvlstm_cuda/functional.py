@@ -10,7 +10,7 @@ from torch import Tensor
 from . import dispatch, ops, reference, tracing
 from .autograd import SequenceFunction, SequenceOptions, last_states, preactivations
 from .convolution import BranchWeights, TransitionWeights, sequence_of, time_major, transition_forward
-from .processes import check_fork
+from .forks import check_fork
 from .reference import accumulate_dtype
 
 OUTPUT_PEEPHOLES = ("previous", "current")

@@ -1,45 +1,60 @@
-"""Processes forked from one that has computed on a CPU: GNU OpenMP's threads stay behind, and torch waits for them."""
+"""The processes of one training run, as torchrun starts them; or one process alone."""
 
-from __future__ import annotations
-
-import functools
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-_has_computed = False
-_stranded = False
-
-
-def _after_fork() -> None:
-    global _stranded
-    _stranded = _has_computed
+# While one process decodes the last of its videos, the others wait in a collective.
+_PATIENCE = timedelta(hours=12)
 
 
-if hasattr(os, "register_at_fork"):  # where there is fork
-    os.register_at_fork(after_in_child=_after_fork)
+class Processes:
+    """`rank` of `world`, and the `device` that is this process's own."""
+
+    def __init__(self, rank: int, world: int, device: torch.device):
+        self.rank, self.world, self.device = rank, world, device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes of a tensor on `device`."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list:
+        """What every process has, in the order of their ranks."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
 
-@functools.cache
-def has_gnu_openmp() -> bool:
-    """Whether this process runs GNU's OpenMP, as torch's own wheels do; others start new threads after a fork."""
-    maps = Path("/proc/self/maps")
-    return maps.exists() and "libgomp" in maps.read_text()
-
-
-def check_fork(device: torch.device) -> None:
-    """Called before anything is computed on ``device``.
+@contextmanager
+def join(device: torch.device) -> Iterator[Processes]:
+    """Meets the other processes, if torchrun started several; each takes the GPU of its local rank.
 
     Raises:
-        RuntimeError: it would wait forever.
+        ValueError: there are more processes on this host than GPUs.
     """
-    global _has_computed
-    if device.type != "cpu" or torch.get_num_threads() == 1:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Processes(0, 1, device)
         return
-    if _stranded and has_gnu_openmp():
-        raise RuntimeError(
-            "this process was forked from one that has computed with several threads, and torch would wait for them "
-            "forever: call torch.set_num_threads(1) in it first, or start it by multiprocessing's 'spawn'"
-        )
-    _has_computed = True
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"device: got local rank {local} with {torch.cuda.device_count()} GPUs, wanted one each")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield Processes(dist.get_rank(), world, device)
+    finally:
+        dist.destroy_process_group()

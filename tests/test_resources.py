@@ -10,7 +10,7 @@ import torch
 from problems import Problem, places
 
 from mkconvlstm_cuda import MKConvLSTM
-from mkconvlstm_cuda.processes import has_gnu_openmp
+from mkconvlstm_cuda.forks import has_gnu_openmp
 
 PROBLEM = Problem({3: 4, 5: 4}, {"peephole": "channel"}, batch=2, steps=4, channels=3, size=(9, 8))
 LARGER = Problem({3: 16, 5: 16}, batch=8, steps=8, channels=16, size=(48, 48))

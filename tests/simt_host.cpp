@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -18,8 +20,16 @@ Index threadIdx, blockIdx;
 
 constexpr size_t kStackBytes = 1 << 16;
 
+struct Copy {
+  void* target;
+  const void* source;
+  size_t bytes;
+  bool is_there;
+};
+
 struct Fiber {
   ucontext_t context;
+  std::deque<std::vector<Copy>> copies;  // groups, the last of them not ended yet
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done;
 };
@@ -43,6 +53,7 @@ void run_block(unsigned threads) {
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = &scheduler;
+    fiber.copies.assign(1, {});
     fiber.done = false;
     makecontext(&fiber.context, run_fiber, 0);
   }
@@ -69,6 +80,31 @@ void run_block(unsigned threads) {
 #define __shared__ static
 #include "simt/backward.cuh"
 #include "simt/forward.cuh"
+
+// A copy happens at the latest possible moment, and spoils its target from the first.
+namespace mkconvlstm::simt {
+
+template <int kBytes>
+void copy_async(void* shared, const void* global, bool is_there) {
+  if (reinterpret_cast<uintptr_t>(shared) % kBytes || reinterpret_cast<uintptr_t>(global) % kBytes) std::abort();
+  std::memset(shared, 0xff, kBytes);  // NaN
+  fibers[threadIdx.x].copies.back().push_back({shared, global, kBytes, is_there});
+}
+
+void end_copy_group() { fibers[threadIdx.x].copies.emplace_back(); }
+
+template <int kPending>
+void wait_for_copies() {
+  auto& groups = fibers[threadIdx.x].copies;
+  for (; groups.size() > kPending + 1; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.is_there) std::memcpy(copy.target, copy.source, copy.bytes);
+      if (!copy.is_there) std::memset(copy.target, 0, copy.bytes);
+    }
+  }
+}
+
+}  // namespace mkconvlstm::simt
 
 namespace {
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../vector.cuh"
+#include "copy_async.cuh"
 #include "params.h"
 
 namespace mkconvlstm::simt {
@@ -17,16 +18,17 @@ struct Convolution {
   int kernel_height, kernel_width, dilation_height, dilation_width;
 };
 
-// Shared memory of a block. The product goes through the depth in slices of 64 bytes a pixel; two of them are there,
-// so that one is written while the other is read.
+// Shared memory of a block. The product goes through the depth in slices of 64 bytes a pixel, slice n at stage
+// n % kStages: while one is multiplied, the next ones are on their way.
 template <typename Scalar, int kPixels>
 struct Slices {
   static constexpr int kDepth = 64 / sizeof(Scalar);
   static constexpr int kBlockPixels = kPixelGroups * kPixels;
-  static constexpr int kPadding = 16 / sizeof(Scalar);  // spreads the banks that transposing stores hit
+  static constexpr int kPadding = 16 / sizeof(Scalar);  // spreads the banks that transposing copies hit
+  static constexpr int kStages = 4;
 
-  alignas(16) Scalar image[2][kDepth][kBlockPixels + kPadding];
-  alignas(16) Scalar weights[2][kDepth][kBlockColumns];
+  alignas(16) Scalar image[kStages][kDepth][kBlockPixels + kPadding];
+  alignas(16) Scalar weights[kStages][kDepth][kBlockColumns];
   uint32_t row[kBlockPixels], column[kBlockPixels];  // of each pixel in its image
 };
 
@@ -57,7 +59,7 @@ __device__ void locate_pixels(const Sequence<Scalar>& s, Slices<Scalar, kPixels>
   __syncthreads();
 }
 
-// Brings the slices of one convolution, in order, from global memory through registers to shared memory.
+// Brings the slices of one convolution, in order, from global to shared memory.
 template <typename Scalar, int kPixels>
 class Loader {
  public:
@@ -68,53 +70,42 @@ class Loader {
       : s_(s),
         convolution_(convolution),
         slices_(slices),
-        weights_(convolution.weights + int64_t{convolution.columns} * (threadIdx.x / kWeightVectors) +
-                 column_block * kBlockColumns + threadIdx.x % kWeightVectors * kVector) {
+        weights_(convolution.weights + int64_t{convolution.columns} * row_of_thread() + column_block * kBlockColumns +
+                 column_of_thread()) {
     find_sources();
   }
 
-  // The next slice into registers.
-  __device__ void load() {
+  // Starts to copy this thread's share of the next slice.
+  __device__ void load(int stage) {
     const int k = first_k_ + k_of_thread();
 #pragma unroll
     for (int i = 0; i < kImageLoads; ++i) {
-      const bool inside = sources_[i] != kOutside && k < convolution_.depth;
-      image_[i] = inside ? convolution_.image[int64_t{sources_[i]} * convolution_.depth + k] : Scalar(0);
+      copy_async<sizeof(Scalar)>(&slices_.image[stage][k_of_thread()][pixel_of_thread(i)], sources_[i] + k,
+                                 (inside_ >> i & 1) && k < convolution_.depth);
     }
 #pragma unroll
     for (int i = 0; i < kWeightLoads; ++i) {
-      const int64_t row = i * (kThreads / kWeightVectors);
-      weight_[i] = *reinterpret_cast<const Vector<Scalar, kVector>*>(weights_ + row * convolution_.columns);
+      copy_async<16>(&slices_.weights[stage][row_of_thread() + i * kRows][column_of_thread()],
+                     weights_ + int64_t{i * kRows} * convolution_.columns, true);
     }
     advance();
-  }
-
-  // What was loaded into one of the two slices.
-  __device__ void store(int stage) {
-#pragma unroll
-    for (int i = 0; i < kImageLoads; ++i) slices_.image[stage][k_of_thread()][pixel_of_thread(i)] = image_[i];
-#pragma unroll
-    for (int i = 0; i < kWeightLoads; ++i) {
-      const int row = threadIdx.x / kWeightVectors + i * (kThreads / kWeightVectors);
-      Scalar* target = &slices_.weights[stage][row][threadIdx.x % kWeightVectors * kVector];
-      *reinterpret_cast<Vector<Scalar, kVector>*>(target) = weight_[i];
-    }
   }
 
  private:
   static constexpr int kDepth = Shared::kDepth;
   static constexpr int kImageLoads = Shared::kBlockPixels * kDepth / kThreads;
   static constexpr int kVector = 16 / sizeof(Scalar);
-  static constexpr int kWeightVectors = kBlockColumns / kVector;  // in one row
-  static constexpr int kWeightLoads = kDepth * kWeightVectors / kThreads;
-  static constexpr uint32_t kOutside = UINT32_MAX;
+  static constexpr int kRows = kThreads / (kBlockColumns / kVector);  // of the weights, that all threads copy at once
+  static constexpr int kWeightLoads = kDepth / kRows;
   static_assert(kImageLoads * kThreads == Shared::kBlockPixels * kDepth, "threads must share out a slice evenly");
-  static_assert(kWeightLoads * kThreads == kDepth * kWeightVectors, "threads must share out a slice evenly");
+  static_assert(kWeightLoads * kRows == kDepth, "threads must share out a slice evenly");
   static_assert(kPackedDepth % kDepth == 0, "packed weights must hold whole slices");
 
-  // Neighbouring threads load neighbouring channels of a pixel.
-  __device__ int k_of_thread() const { return threadIdx.x % kDepth; }
-  __device__ int pixel_of_thread(int i) const { return threadIdx.x / kDepth + i * (kThreads / kDepth); }
+  // Of the image, neighbouring threads copy neighbouring channels of a pixel; of the weights, neighbouring vectors.
+  __device__ static int k_of_thread() { return threadIdx.x % kDepth; }
+  __device__ static int pixel_of_thread(int i) { return threadIdx.x / kDepth + i * (kThreads / kDepth); }
+  __device__ static int row_of_thread() { return threadIdx.x / (kBlockColumns / kVector); }
+  __device__ static int column_of_thread() { return threadIdx.x % (kBlockColumns / kVector) * kVector; }
 
   __device__ void advance() {
     first_k_ += kDepth;
@@ -128,28 +119,29 @@ class Loader {
     find_sources();
   }
 
-  // Which pixels the tap reads for this thread's; those outside of the image, or of the batch, are zeros.
+  // The pixels that the tap reads for this thread's; those outside of the image, or of the batch, are zeros.
   __device__ void find_sources() {
     const int64_t dy = int64_t{tap_y_ - convolution_.kernel_height / 2} * convolution_.dilation_height;
     const int64_t dx = int64_t{tap_x_ - convolution_.kernel_width / 2} * convolution_.dilation_width;
+    inside_ = 0;
 #pragma unroll
     for (int i = 0; i < kImageLoads; ++i) {
       const int m = pixel_of_thread(i);
       const uint32_t pixel = first_pixel_of_block<kPixels>() + m;
       const int64_t y = slices_.row[m] + dy, x = slices_.column[m] + dx;
       const bool inside = pixel < s_.pixels && y >= 0 && y < s_.height && x >= 0 && x < s_.width;
-      sources_[i] = inside ? static_cast<uint32_t>(pixel + dy * s_.width + dx) : kOutside;
+      sources_[i] = convolution_.image + (inside ? (pixel + dy * s_.width + dx) * convolution_.depth : 0);
+      inside_ |= unsigned{inside} << i;
     }
   }
 
   const Sequence<Scalar>& s_;
   const Convolution<Scalar>& convolution_;
   Shared& slices_;
-  const Scalar* weights_;  // what this thread loads first of the next slice
+  const Scalar* weights_;  // what this thread copies first of the next slice
   int first_k_ = 0, tap_y_ = 0, tap_x_ = 0;
-  uint32_t sources_[kImageLoads];
-  Scalar image_[kImageLoads];
-  Vector<Scalar, kVector> weight_[kWeightLoads];
+  const Scalar* sources_[kImageLoads];
+  unsigned inside_ = 0;  // bit i: whether source i is there
 };
 
 // Adds this block's tile of the convolution, kBlockColumns columns from column_block * kBlockColumns on, to sums. Sums
@@ -158,29 +150,35 @@ template <typename Scalar, int kPixels>
 __device__ void convolve(const Sequence<Scalar>& s, const Convolution<Scalar>& convolution, unsigned column_block,
                          Slices<Scalar, kPixels>& slices, Sums<Scalar, kPixels>& sums) {
   constexpr int kDepth = Slices<Scalar, kPixels>::kDepth;
+  constexpr int kStages = Slices<Scalar, kPixels>::kStages;
   const int taps = convolution.kernel_height * convolution.kernel_width;
   const int count = taps * ((convolution.depth + kDepth - 1) / kDepth);
   const int first_pixel = threadIdx.x / kLanes * kPixels;
 
   Loader<Scalar, kPixels> loader(s, convolution, column_block, slices);
-  loader.load();
-  loader.store(0);
-  __syncthreads();
+  for (int n = 0; n < kStages - 1; ++n) {
+    if (n < count) loader.load(n);
+    end_copy_group();
+  }
   for (int n = 0; n < count; ++n) {
-    if (n + 1 < count) loader.load();
+    wait_for_copies<kStages - 2>();  // slice n is there as far as this thread copied it,
+    __syncthreads();                 // all of it is there, and slice n - 1 used up
+    if (n + kStages - 1 < count) loader.load((n + kStages - 1) % kStages);
+    end_copy_group();
+
+    const int stage = n % kStages;
 #pragma unroll
     for (int k = 0; k < kDepth; ++k) {
-      const auto a = *reinterpret_cast<const Vector<Scalar, kPixels>*>(&slices.image[n % 2][k][first_pixel]);
-      const auto b = *reinterpret_cast<const Vector<Scalar, kColumns>*>(&slices.weights[n % 2][k][lane() * kColumns]);
+      const auto a = *reinterpret_cast<const Vector<Scalar, kPixels>*>(&slices.image[stage][k][first_pixel]);
+      const auto b = *reinterpret_cast<const Vector<Scalar, kColumns>*>(&slices.weights[stage][k][lane() * kColumns]);
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) sums[i][j] += a.values[i] * b.values[j];
       }
     }
-    if (n + 1 < count) loader.store((n + 1) % 2);
-    __syncthreads();
   }
+  __syncthreads();
 }
 
 // The peephole weights of one hidden channel at one pixel of an image.

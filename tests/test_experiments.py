@@ -126,7 +126,18 @@ def test_command_lists_names_and_refuses_others(tmp_path):
 
 def test_command_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.EXPERIMENTS, "fake", fake([], stop_at=2))
-    assert "--quick --out" in run("fake", "--quick", "--out", str(tmp_path), code=130)
+    assert "--resume" in run("fake", "--out", str(tmp_path), code=130)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "fake", fake([]))
+    run("fake", "--out", str(tmp_path), "--resume")
+
+
+def test_command_takes_settings(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setitem(experiments.EXPERIMENTS, "fake", fake(done))
+    run("fake", "--out", str(tmp_path), "--set", "seeds=[7]")
+    assert done == [("{3,5}", 7), ("3,5", 7)]
+    assert "no setting 'sneeds'" in run("fake", "--set", "sneeds=[7]", code=2)
+    assert "is not JSON" in run("fake", "--set", "seeds=[7", code=2)
 
 
 def test_command_says_what_to_install(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from mkconvlstm_cuda.experiments import (  # noqa: E402
     training,
 )
 from mkconvlstm_cuda.experiments.experiment import Measured, Results  # noqa: E402
+from mkconvlstm_cuda.experiments.page import text  # noqa: E402
 
 TINY = {
     "fig3-speed": {"steps": 1, "batch_size": 2, "test_clips": 2},
@@ -55,6 +58,16 @@ def test_experiment_runs(name, tmp_path):
     assert told["figures"]
     for figure in told["figures"]:
         assert 5_000 < (folder / figure).stat().st_size < 200_000
+
+
+def test_page_holds_the_results_that_are_there():
+    """docs/experiments.md is what `mkconvlstm experiment --page docs/experiments` writes."""
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    assert (docs / "experiments.md").read_text() == text(docs / "experiments", experiments.EXPERIMENTS.values())
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", (docs / "experiments.md").read_text())
+    assert shown
+    for figure in shown:
+        assert 5_000 < (docs / figure).stat().st_size < 200_000
 
 
 @pytest.mark.parametrize("name", TINY)

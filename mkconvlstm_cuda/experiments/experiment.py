@@ -51,6 +51,7 @@ class Experiment:
             and data; the same variant and seed on the same machine find the same.
         judge: `judge(settings, results)` tells what has become of the paper's claims.
         draw: `draw(settings, results, folder)` writes figures and gives their paths.
+        method: how it is done and where it departs from the paper, in Markdown.
     """
 
     name: str
@@ -60,3 +61,4 @@ class Experiment:
     measure: Callable[[Settings, str, int, torch.device, Progress], Measured]
     judge: Callable[[Settings, Results], list[Claim]]
     draw: Callable[[Settings, Results, Path], list[Path]]
+    method: str = ""

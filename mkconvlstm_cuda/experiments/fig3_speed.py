@@ -104,12 +104,21 @@ def draw(settings: Settings, results: Results, folder: Path) -> list[Path]:
     return [figures.save(figure, folder / "speed.png")]
 
 
+METHOD = """
+Single digits move at a mean speed, each clip's own speed lying within 50% of it, and are reflected at the borders. A
+forecaster reads 10 frames and predicts 10 (5 and 5 with `--quick`): one layer each in encoder and decoder, frames in
+4x4 patches as in Shi et al., so that a 3x3 kernel carries information 4 pixels a frame. All kernel configurations
+have the same number of hidden channels. The paper gives neither its channels nor its training time here; ours is
+short, and losses are far above the 1313 nats that a perfect forecast of grey pixels would cost at full size.
+"""
+
 EXPERIMENT = Experiment(
     "fig3-speed",
     "does the loss of small kernels grow faster with the speed of a digit?",
     settings(forecasting.FULL, channels=32, speeds=[1, 2, 4, 6, 8], seeds=3),
-    settings(forecasting.QUICK, channels=8, speeds=[1, 8], seeds=3),
+    settings(forecasting.QUICK, channels=8, speeds=[1, 3, 6], seeds=3),
     measure,
     judge,
     draw,
+    METHOD,
 )

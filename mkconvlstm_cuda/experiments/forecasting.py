@@ -13,10 +13,10 @@ from .experiment import Progress, Settings
 from .training import Batch, mean_loss, train
 
 FULL = {
-    "steps": 500,
-    "batch_size": 32,
+    "steps": 600,
+    "batch_size": 16,
     "test_clips": 512,
-    "learning_rate": 4e-3,
+    "learning_rate": 8e-3,
     "precision": "bfloat16",
     "past": 10,
     "horizon": 10,
@@ -29,7 +29,7 @@ FULL = {
 
 QUICK = {
     **FULL,
-    "steps": 50,
+    "steps": 40,
     "batch_size": 4,
     "test_clips": 16,
     "precision": "float32",

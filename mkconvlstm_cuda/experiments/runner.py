@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..files import atomic
 from .experiment import Experiment, Measured, Results
-from .page import page
+from .page import section
 
 
 class Team:
@@ -95,6 +96,11 @@ def run(
     started = time.perf_counter()
     team = Team()
     device = team.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where streams and graphs are made
+    command = ["mkconvlstm", "experiment", experiment.name, *(["--quick"] if quick else [])]
+    for key, value in (settings or {}).items():
+        command += ["--set", f"{key}={json.dumps(value, separators=(',', ':'))}"]
     settings = {**(experiment.quick if quick else experiment.full), **(settings or {})}
     settings = json.loads(json.dumps(settings))  # as they will be read again
     folder = Path(output) / experiment.name
@@ -113,6 +119,7 @@ def run(
     told = {
         "experiment": experiment.name,
         "question": experiment.question,
+        "command": shlex.join(command),
         "quick": quick,
         "claims": [claim.as_json() for claim in experiment.judge(settings, results)],
         "figures": [path.name for path in experiment.draw(settings, results, folder)],
@@ -124,7 +131,7 @@ def run(
     with atomic(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
     with atomic(folder / "results.md") as temporary:
-        temporary.write_text(page(told))
+        temporary.write_text(section(told, experiment.method))
     return told
 
 

@@ -91,6 +91,11 @@ def draw(settings: Settings, results: Results, folder: Path) -> list[Path]:
     return [figures.save(figure, folder / "parameters.png")]
 
 
+METHOD = """
+Counted. The paper prints rounded numbers, taken here to be right within 0.1 M. They are those of the input-to-hidden
+transition; a layer has a hidden-to-hidden transition too, half as large here.
+"""
+
 EXPERIMENT = Experiment(
     "table3-parameters",
     "how many parameters each configuration has",
@@ -99,4 +104,5 @@ EXPERIMENT = Experiment(
     measure,
     judge,
     draw,
+    METHOD,
 )

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,11 +34,26 @@ class CMakeBuild(build_ext):
             "-DMKCONVLSTM_CUDA=ON",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
-        for stale in package.glob("libmkconvlstm_*.so"):
-            stale.unlink()
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
+        with alone(build):
+            for stale in package.glob("libmkconvlstm_*.so"):
+                stale.unlink()
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build)], check=True)
+            subprocess.run(["cmake", "--install", str(build), "--prefix", str(package)], check=True)
+
+
+@contextmanager
+def alone(build: Path):
+    """Waits for other processes that build in the same directory."""
+    try:
+        import fcntl
+    except ImportError:  # not on Unix
+        yield
+        return
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 setup(

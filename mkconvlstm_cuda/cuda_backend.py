@@ -20,6 +20,8 @@ def supports(problem) -> str | None:
     """None where the kernels compute ``problem`` (:class:`dispatch.Problem`), else why not."""
     if problem.device.type != "cuda":
         return f"it runs on NVIDIA GPUs, and the input is on {problem.device.type}"
+    if reason := library.refusal(problem.device):
+        return reason
     if problem.live_parts:
         return f"its hidden transition has {problem.live_parts}, which only 'reference' computes"
     return None

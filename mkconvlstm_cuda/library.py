@@ -56,6 +56,36 @@ def load(device_type: str) -> str | None:
         return _load(device_type)
 
 
+def refusal(device: torch.device) -> str | None:
+    """Why the compiled operations do not run on ``device``; None if they do."""
+    if (reason := load(device.type)) or device.type != "cuda":
+        return reason
+    return _architecture_refusal(device)
+
+
+@functools.cache
+def _architecture_refusal(device: torch.device) -> str | None:
+    from mkconvlstm_cuda import _C
+
+    return without_code_for(_C.build_info()["cuda_architectures"], torch.cuda.get_device_capability(device))
+
+
+def without_code_for(architectures: str, capability: tuple[int, int]) -> str | None:
+    """Why a library built for CMake's ``architectures``, "80;90a-real" say, has no code for a GPU; None if it has.
+
+    Machine code runs on later GPUs of its own generation; PTX, which lacks "-real", on all later ones; what ends in "a"
+    on its own architecture alone.
+    """
+    major, minor = capability
+    for entry in architectures.split(";"):
+        number, real = entry.removesuffix("-real"), entry.endswith("-real")
+        built = divmod(int(number.rstrip("af")), 10)
+        exact = number.endswith("a")
+        if built == capability or (not exact and built <= capability and (built[0] == major or not real)):
+            return None
+    return f"the CUDA library was built for {architectures}, and the GPU is sm_{major}{minor}"
+
+
 @functools.cache
 def _load(device_type: str) -> str | None:
     try:
@@ -79,5 +109,5 @@ def _load(device_type: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{path.name} cannot be loaded: {error}"
+        return f"{path.name} cannot be loaded: {error.__cause__ or error}"  # torch's own words hide the loader's
     return None

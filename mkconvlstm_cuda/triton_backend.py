@@ -1,10 +1,11 @@
-"""The ``triton`` backend's entry in the table of backends: imports Triton only when it runs."""
+"""The ``triton`` backend's entry in the table of backends: imports Triton only where there is a GPU."""
 
 from __future__ import annotations
 
 import functools
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -24,12 +25,30 @@ def finds_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@functools.cache
+def broken() -> str | None:
+    """Why an installed Triton does not work here; None if it may. Imports it."""
+    try:
+        from triton import knobs
+
+        from .triton_kernels import launch  # noqa: F401
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        return f"triton cannot be imported: {error}"
+    folder = Path(knobs.cache.dir)
+    if folder.is_dir() and any(folder.iterdir()):
+        return None  # read-only, perhaps, but with kernels in it
+    existing = next(f for f in (folder, *folder.absolute().parents) if f.exists())
+    if not os.access(existing, os.W_OK):
+        return f"Triton cannot write to its cache folder {folder}: TRITON_CACHE_DIR may name another"
+    return None
+
+
 def available() -> str | None:
     if not installed():
         return "the package triton is not installed"
     if not finds_gpu() and not interpreted():
         return "torch finds no GPU"
-    return None
+    return broken()
 
 
 def supports(problem) -> str | None:

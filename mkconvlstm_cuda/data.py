@@ -8,6 +8,7 @@ function of (seed, index), so nothing is stored and any clip can be made again.
 import functools
 import gzip
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -263,7 +264,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
     """One IDX file of unsigned bytes: magic 0x08 and the number of dimensions, big-endian sizes, then the data."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a complete gzip file ({error})") from error
     header = 4 * (1 + dimensions)
     if len(data) < header:

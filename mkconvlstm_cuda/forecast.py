@@ -138,7 +138,7 @@ class Trainer:
         )
 
     def load(self, path: Path) -> None:
-        """Continues from a checkpoint. Raises ValueError if it belongs to other settings."""
+        """Continues from a checkpoint. Raises ValueError if it is none, or belongs to other settings."""
         state = load_checkpoint(path, asdict(self.settings), self.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

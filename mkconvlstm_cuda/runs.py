@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.devic
     """The state that was saved. Raises ValueError if there is none, or if it was saved with other settings."""
     if not path.is_file():
         raise ValueError(f"resume: there is no checkpoint at {path}")
-    state = torch.load(path, map_location=device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"resume: {path} is no checkpoint: {str(error).partition(chr(10))[0]}") from error
     theirs, ours = json.loads(state["settings"]), json.loads(json.dumps(settings))
     differing = [f"{k} = {theirs.get(k)}, not {ours[k]}" for k in ours if theirs.get(k) != ours[k]]
     if differing:

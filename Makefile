@@ -17,8 +17,9 @@ test: $(VENV)/.test  ## lint and all tests that this machine can run
 sanitize: $(VENV)/.test  ## the compiled code under sanitizers: the host's here, the kernels' where there is a GPU
 	$(BIN)/python -m mkconvlstm_cuda.bench.sanitize
 
-wheel: $(VENV)/.build  ## dist/*.whl
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+wheel: $(VENV)/.build  ## dist/*.tar.gz, and dist/*.whl built from it
+	$(BIN)/pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mkconvlstm_cuda/*.so

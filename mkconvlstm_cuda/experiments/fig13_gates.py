@@ -131,7 +131,8 @@ def draw(settings: Settings, results: Results, folder: Path) -> list[Path]:
     axes.legend()
     paths = [figures.save(figure, folder / "saturation.png")]
 
-    figure, panels = figures.panels(len(variants), width=2.6, height=9.5)
+    channels = results[variants[0]][0].tensors["maps"].shape[1]
+    figure, panels = figures.panels(len(variants), width=2.6, height=0.6 + 2.6 * channels / 16)
     for axes, variant in zip(panels, variants, strict=True):
         maps = results[variant][0].tensors["maps"].numpy().copy()  # [4, F, H, W]
         maps[3] = (maps[3] + 1) / 2  # of (-1, 1)

@@ -165,10 +165,12 @@ def draw(settings: Settings, results: Results, folder: Path) -> list[Path]:
     for axes, motion in zip(panels, MOTIONS, strict=True):
         for speed in SPEEDS:
             loss = losses(results, motion, speed)
-            figures.curve(axes, KERNELS, [interval(row) for row in loss], label=f"{speed} speed")
+            figures.curve(axes, KERNELS, [interval(row) for row in loss - loss[0]], label=f"{speed} speed")
             if motion == "local":
-                axes.plot(KERNELS, PAPER[speed], "x--", color="gray", label=f"the paper's data, {speed} speed")
-        axes.set(title=f"{motion} motion", xlabel="kernel size", ylabel="test loss, nats per sequence", xticks=KERNELS)
+                paper = [nats - PAPER[speed][0] for nats in PAPER[speed]]
+                axes.plot(KERNELS, paper, "x--", label=f"{speed} speed, the paper's data")
+        axes.set(title=f"{motion} motion", ylabel="test loss less that of 3x3, nats per sequence")
+        axes.set_xticks(KERNELS, [f"{size}x{size}" for size in KERNELS])
         axes.legend(fontsize=8)
     paths = [figures.save(figure, folder / "motion.png")]
 
@@ -179,9 +181,7 @@ def draw(settings: Settings, results: Results, folder: Path) -> list[Path]:
         rows += [shown["truth"][past:], shown["predicted"]]
     every = slice(0, None, 2)
     page = figures.tile(np.concatenate([row[every].numpy() for row in rows]), len(rows[0][every]))
-    figures.show(
-        axes, page, "3x3, normal speed; from above: local motion, truth and prediction; global motion, the same"
-    )
+    figures.show(axes, page, "3x3, normal speed; from above: truth and prediction of local, then of global motion")
     return [*paths, figures.save(figure, folder / "figures.png")]
 
 

@@ -63,22 +63,28 @@ def run_processes(code, script, processes, **options):
     return torch.load("weights.pt", weights_only=True)
 
 
+def check_processes(how, code, monkeypatch, gpus, **tolerance):
+    """``run: SCRIPT with 2 processes``, which leave the weights that one leaves, or two when none of them is killed."""
+    script, killed = re.fullmatch(r"run: (\S+) with 2 processes(, one of which is killed)?", how).groups()
+    wanted = run_processes(code, script, 2 if killed else 1, gpus=gpus)
+    if killed:
+        Path("checkpoint.pt").unlink()
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the page says
+        code = KILLED + code
+    weights = run_processes(code, script, 2, gpus=gpus, restarts=1 if killed else 0)
+    torch.testing.assert_close(weights, wanted, **tolerance)
+    if killed:  # not from the start again, but from the last checkpoint
+        assert {path.name: len(path.read_text()) for path in Path().glob("steps-*")} == {"steps-0": 5, "steps-1": 5}
+
+
 @pytest.mark.parametrize(("how", "code"), BLOCKS)
 def test_block_runs(how, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(backward, "SPAN_BYTES", backward.SPAN_BYTES)
     torch.manual_seed(0)
-    if match := re.fullmatch(r"run: (\S+) with 2 processes", how):
-        one, two = (run_processes(code, match[1], n) for n in (1, 2))
-        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
-        return
-    if match := re.fullmatch(r"run: (\S+) with 2 processes, one of which is killed", how):
-        wanted = run_processes(code, match[1], 2)
-        Path("checkpoint.pt").unlink()
-        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the page says
-        weights = run_processes(KILLED + code, match[1], 2, restarts=1)
-        torch.testing.assert_close(weights, wanted, rtol=0, atol=0)
-        assert {path.name: len(path.read_text()) for path in Path().glob("steps-*")} == {"steps-0": 5, "steps-1": 5}
+    if how.startswith("run: "):
+        tolerance = {"rtol": 0, "atol": 0} if "killed" in how else {"rtol": 1e-5, "atol": 1e-6}
+        check_processes(how, code, monkeypatch, gpus=False, **tolerance)
         return
     if how:
         skip_what_is_missing(how)
@@ -90,11 +96,7 @@ def test_block_runs(how, code, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("how", "code"), [block for block in BLOCKS if block.values[0].startswith("run: ")])
 def test_block_runs_on_two_gpus(how, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "killed" in how:
-        run_processes(code, "train.py", 2, gpus=True)
-        return
-    one, two = (run_processes(code, "train.py", n, gpus=True) for n in (1, 2))
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)  # convolutions in TF32
+    check_processes(how, code, monkeypatch, gpus=True, rtol=1e-3, atol=1e-4)  # convolutions in TF32
 
 
 def test_readme_leads_to_every_page():

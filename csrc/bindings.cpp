@@ -82,11 +82,7 @@ py::dict build_info() {
 }  // namespace
 
 void bind_sequence_plan(py::module_& m);
-namespace simt {
-
-void bind_plan(py::module_& m);
-
-}  // namespace simt
+void bind_step_plans(py::module_& m);
 
 }  // namespace mkconvlstm
 
@@ -113,7 +109,7 @@ PYBIND11_MODULE(_C, m) {
         "max_threads_per_multiprocessor"_a = 2048);
 
   mkconvlstm::bind_sequence_plan(m);
-  mkconvlstm::simt::bind_plan(m);
+  mkconvlstm::bind_step_plans(m);
 
   m.def("build_info", &mkconvlstm::build_info,
         "Compilers, CUDA architectures and torch of this build; cuda_missing says why there is no CUDA library.");

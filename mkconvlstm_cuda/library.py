@@ -30,10 +30,11 @@ _operations.define(
     "fourier_analyze(Tensor images, int step, int before, int extent, int side, Tensor(a!) spectrum) -> ()"
 )
 _operations.define("fourier_synthesize(Tensor products, Tensor? bias, int step, int side, Tensor(a!) images) -> ()")
-# The recurrence in float64 or float32. Part r of z is [T, B, H, W, 4*F_r] and becomes the activated gates with `keep`,
-# and is overwritten without; weights are packed by simt.py, and kernels are (height, width, dilation height, dilation
-# width) of each part. h_0, c_0 [B, H, W, F]; bias [4*F], gate-major, is added; peephole as above; state [2, B, H, W, F]
-# is scratch. h [B, T, F, H, W] and c [T or, without `keep`, 1, B, H, W, F] are written. All contiguous.
+# The recurrence in float64 or float32, one launch a step. Part r of z is [T, B, H, W, 4*F_r] and becomes the activated
+# gates with `keep`, and is overwritten without; weights are packed by simt.py, and kernels are (height, width, dilation
+# height, dilation width) of each part. h_0, c_0 [B, H, W, F]; bias [4*F], gate-major, is added; peephole as above;
+# state [2, B, H, W, F] is scratch. h [B, T, F, H, W] and c [T or, without `keep`, 1, B, H, W, F] are written. All
+# contiguous.
 _operations.define(
     "simt_forward(Tensor(a!)[] z, Tensor[] weights, int[] kernels, Tensor? h_0, Tensor? c_0, Tensor? bias, "
     "Tensor? peephole, bool current_output_peephole, bool keep, Tensor(b!) state, Tensor(c!) h, Tensor(d!) c) -> ()"

@@ -1,31 +1,15 @@
 """The SIMT kernels: their plans, the kernels themselves run on a CPU by simt_host.cpp, and runs on a GPU."""
 
-import ctypes
 import random
-import shutil
-import subprocess
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from problems import PROBLEMS, Problem, assert_as_close, assert_close
+from step_kernels import LARGE, SERVED, OnTheHost, build
 
-from mkconvlstm_cuda import _C, Branch, check, cuda_backend, dispatch, library, simt
+from mkconvlstm_cuda import _C, Branch, check, cuda_backend, library, simt
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(library.load("cuda") is not None, reason=str(library.load("cuda")))]
-
-# Many channels, more pixels than a block, odd sizes, kernels wider than the image, three branches out of order.
-LARGER = {
-    "many channels": Problem({3: 70, 1: 3}, batch=1, steps=2, size=(3, 5)),
-    "many pixels": Problem({3: 2, (5, 1): 3}, batch=3, steps=2, size=(11, 7)),
-    "wider than the image": Problem([Branch(1, 2), Branch((3, 9), 1), Branch(3, 17, dilation=3)], size=(2, 3)),
-    "slices of depth": Problem({(1, 3): 20}, {"peephole": "channel", "output_peephole": "current"}, size=(1, 4)),
-}
-SERVED = {
-    name: problem for name, problem in PROBLEMS.items()
-    if not any(word in name for word in ("mix", "bottleneck", "norm", "inception", "pool", "mask", "two layers"))
-} | LARGER  # fmt: skip
 
 
 def blocks(pixels, pixels_per_thread):
@@ -97,87 +81,18 @@ def test_paper_size():
 
 @pytest.fixture(scope="session")
 def host_kernels(tmp_path_factory):
-    """csrc/simt for the CPU."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (c++) found")
-    here = Path(__file__).parent
-    built = tmp_path_factory.mktemp("simt") / "libsimt.so"
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-fPIC", "-shared", "-I", str(here.parent / "csrc")]
-    subprocess.run([*command, str(here / "simt_host.cpp"), "-o", str(built)], check=True)
-    return ctypes.CDLL(str(built))
-
-
-def array(values):
-    return (ctypes.c_int64 * len(values))(*values)
-
-
-def pointers(tensors):
-    assert all(t is None or t.is_contiguous() for t in tensors)
-    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-
-
-class OnTheHost:
-    """What the CUDA operations do, for CPU tensors."""
-
-    def __init__(self, kernels, pixels_per_thread):
-        self.kernels = kernels
-        self.pixels_per_thread = pixels_per_thread
-        self.calls = 0
-
-    def call(self, name, parts, weights, kernels, peephole, current, keep, operands, *more):
-        self.calls += 1
-        steps, batch, height, width, _ = parts[0].shape
-        branches = [(p.shape[4] // 4, *kernels[4 * r : 4 * r + 4]) for r, p in enumerate(parts)]
-        plan = _C.plan_simt(batch=batch, height=height, width=width, branches=branches)
-        first = [sum(b[0] for b in branches[:r]) for r in range(len(branches))]
-        rows = [
-            (*branches[r][1:], branches[r][0], first[r], block)
-            for r, block in zip(plan.order, plan.first_blocks, strict=True)
-        ]
-        peepholes = 0 if peephole is None else 2 if current else 1
-        per = 0 if peephole is None else peephole[0, 0].numel()
-        launch = plan.forward if name == "simt_forward" else plan.backward
-        grid = (self.pixels_per_thread, blocks(batch * height * width, self.pixels_per_thread), launch.blocks_y)
-        sizes = (steps, batch, height, width, sum(b[0] for b in branches), len(rows), peepholes, per, keep, *grid)
-        getattr(self.kernels, name)(
-            ctypes.c_bool(parts[0].dtype == torch.float64),
-            array(sizes),
-            array(sum(rows, ())),
-            pointers([parts[r] for r in plan.order]),
-            pointers([weights[r] for r in plan.order]),
-            pointers(operands),
-            *more,
-        )
-
-    def forward(self, z, weights, kernels, h_0, c_0, bias, peephole, current, keep, state, h, c):
-        for scratch in (state, h, c):
-            scratch.fill_(float("nan"))
-        operands = [h_0, c_0, bias, peephole, state, h, c]
-        self.call("simt_forward", z, weights, kernels, peephole, current, keep, operands)
-        if not keep:
-            for part in z:
-                part.fill_(float("nan"))
-
-    def backward(self, gates, weights, kernels, c_0, c, peephole, current, dh, dc_n, lengths, dh_0, dc):
-        for scratch in (dh_0, dc):
-            if scratch is not None:
-                scratch.fill_(float("nan"))
-        strides = array((0,) * 5 if dh is None else dh.stride())
-        base = None if dh is None else dh.as_strided((1,), (1,))
-        operands = [c_0, c, peephole, base, dc_n, lengths, dh_0, dc]
-        self.call("simt_backward", gates, weights, kernels, peephole, current, True, operands, strides)
+    return build("simt", tmp_path_factory.mktemp("simt"))
 
 
 @pytest.fixture(params=[8, 4, 2])
 def on_the_host(request, host_kernels, monkeypatch):
     """The ``cuda`` backend in the place of ``aten``, on CPU tensors, by the kernels in simt_host.cpp alone."""
-    host = OnTheHost(host_kernels, request.param)
-    monkeypatch.setattr(torch.ops.mkconvlstm, "simt_forward", host.forward)
-    monkeypatch.setattr(torch.ops.mkconvlstm, "simt_backward", host.backward)
-    by_kernels = replace(dispatch.BACKENDS["cuda"], name="aten", available=lambda: None, supports=lambda _: None)
-    monkeypatch.setitem(dispatch.BACKENDS, "aten", by_kernels)
-    monkeypatch.setattr(cuda_backend, "aten", None)
+
+    def launch(_, pixels):
+        return blocks(pixels, request.param), (request.param, 0, 0, 0)
+
+    host = OnTheHost(host_kernels, "simt", lambda _, **problem: _C.plan_simt(**problem), launch)
+    host.take_over(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return host
 
@@ -245,15 +160,6 @@ def assert_refused(name, dtype, reason):
     parts = [torch.empty(1, 1, 4 * size, 2, 3, dtype=dtype) for size in hidden.parts]
     got = simt.refusal(parts, hidden)
     assert got is None if reason is None else reason in got
-
-
-LARGE = {
-    "paper": Problem({3: 128, 5: 128}, batch=3, steps=3, channels=8, size=(14, 14)),
-    "odd": Problem(
-        {3: 24, (5, 7): 40}, {"peephole": "channel"}, (5, 1, 4), batch=3, steps=5, channels=3, size=(13, 37)
-    ),
-    "one pixel": Problem({1: 65}, batch=1, steps=4, channels=4, size=(1, 1)),
-}
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "../copy_async.cuh"
 #include "../vector.cuh"
-#include "copy_async.cuh"
 #include "params.h"
 
 namespace mkconvlstm::simt {
@@ -80,13 +80,14 @@ class Loader {
     const int k = first_k_ + k_of_thread();
 #pragma unroll
     for (int i = 0; i < kImageLoads; ++i) {
+      const bool there = (inside_ >> i & 1) && k < convolution_.depth;
       copy_async<sizeof(Scalar)>(&slices_.image[stage][k_of_thread()][pixel_of_thread(i)], sources_[i] + k,
-                                 (inside_ >> i & 1) && k < convolution_.depth);
+                                 there ? sizeof(Scalar) : 0);
     }
 #pragma unroll
     for (int i = 0; i < kWeightLoads; ++i) {
       copy_async<16>(&slices_.weights[stage][row_of_thread() + i * kRows][column_of_thread()],
-                     weights_ + int64_t{i * kRows} * convolution_.columns, true);
+                     weights_ + int64_t{i * kRows} * convolution_.columns);
     }
     advance();
   }
@@ -179,15 +180,6 @@ __device__ void convolve(const Sequence<Scalar>& s, const Convolution<Scalar>& c
     }
   }
   __syncthreads();
-}
-
-// The peephole weights of one hidden channel at one pixel of an image.
-template <typename Scalar>
-__device__ PeepholeWeights<Scalar> peephole_weights(const Sequence<Scalar>& s, int channel, uint32_t in_image) {
-  if (s.peepholes == Peepholes::kNone) return {};
-  const int64_t row = int64_t{s.hidden} * s.peephole_pixels;
-  const Scalar* w = s.peephole + int64_t{channel} * s.peephole_pixels + (s.peephole_pixels == 1 ? 0 : in_image);
-  return {w[0], w[row], w[2 * row]};
 }
 
 }  // namespace mkconvlstm::simt

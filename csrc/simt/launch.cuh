@@ -28,13 +28,12 @@ void launch_step(const Params& params, int64_t t, const Pass& pass, cudaStream_t
 
 template <typename Scalar>
 void launch(const Forward<Scalar>& forward, const Pass& pass, cudaStream_t stream) {
-  for (int64_t t = 0; t < forward.steps; ++t) launch_step(forward, t, pass, stream);
+  step::for_each_step(forward, [&](int64_t t) { launch_step(forward, t, pass, stream); });
 }
 
 template <typename Scalar>
 void launch(const Backward<Scalar>& backward, const Pass& pass, cudaStream_t stream) {
-  const int64_t last = backward.dh_0 == nullptr ? 0 : -1;
-  for (int64_t t = backward.steps - 1; t >= last; --t) launch_step(backward, t, pass, stream);
+  step::for_each_step(backward, [&](int64_t t) { launch_step(backward, t, pass, stream); });
 }
 
 }  // namespace mkconvlstm::simt

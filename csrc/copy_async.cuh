@@ -2,16 +2,15 @@
 // Plain C++ finds declarations here; the tests bring what they stand for.
 #pragma once
 
-namespace mkconvlstm::simt {
+namespace mkconvlstm {
 
 #ifdef __CUDACC__
 
-// kBytes (4, 8 or 16), at multiples of them; zeros instead where there is nothing to read.
+// kBytes (4, 8 or 16), at multiples of them: the first `there` of them from memory, zeros for the rest.
 template <int kBytes>
-__device__ void copy_async(void* shared, const void* global, bool is_there) {
+__device__ void copy_async(void* shared, const void* global, int there = kBytes) {
   const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(kBytes),
-               "r"(is_there ? kBytes : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(global), "n"(kBytes), "r"(there)
                : "memory");
 }
 
@@ -27,11 +26,11 @@ __device__ void wait_for_copies() {
 #else
 
 template <int kBytes>
-void copy_async(void* shared, const void* global, bool is_there);
+void copy_async(void* shared, const void* global, int there = kBytes);
 void end_copy_group();
 template <int kPending>
 void wait_for_copies();
 
 #endif
 
-}  // namespace mkconvlstm::simt
+}  // namespace mkconvlstm

@@ -14,6 +14,12 @@ __device__ void copy_async(void* shared, const void* global, int there = kBytes)
                : "memory");
 }
 
+// 16 bytes that no other block of the multiprocessor is likely to read.
+__device__ inline void copy_async_streaming(void* shared, const void* global) {
+  const auto target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+}
+
 // Ends a group, which may be empty.
 __device__ inline void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -27,6 +33,7 @@ __device__ void wait_for_copies() {
 
 template <int kBytes>
 void copy_async(void* shared, const void* global, int there = kBytes);
+void copy_async_streaming(void* shared, const void* global);
 void end_copy_group();
 template <int kPending>
 void wait_for_copies();

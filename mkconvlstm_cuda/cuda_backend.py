@@ -1,13 +1,14 @@
 """The ``cuda`` backend: the fused recurrence where a family of kernels has it, else ``aten``'s loop with fused gates.
 
-``sm90``: half types on Hopper. ``simt``: float64, and float32 where torch's switches demand full precision.
+``sm90``: half types on Hopper. ``sm80``: half types, and float32 where torch's switches allow TF32, on any GPU from sm_80
+on. ``simt``: float64, and float32 where the switches demand full precision.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import aten, compiled, library, simt, sm90, triton_backend
+from . import aten, compiled, library, simt, sm80, sm90, triton_backend
 from .convolution import TransitionWeights, split_gates
 
 
@@ -40,8 +41,9 @@ def forward(
     """See :func:`aten.forward`; ``bias`` [4F] is added to z."""
     if sm90.refusal(z, hidden, peephole) is None:
         return sm90.forward(z, hidden, h_0, c_0, keep, bias)
-    if simt.refusal(z, hidden) is None:
-        return simt.forward(z, hidden, h_0, c_0, peephole, output_peephole, keep, bias)
+    for family in (sm80, simt):
+        if family.refusal(z, hidden) is None:
+            return family.forward(z, hidden, h_0, c_0, peephole, output_peephole, keep, bias)
     if bias is not None:
         for part, b in zip(z, split_gates(bias.to(z[0].dtype), hidden.parts), strict=True):
             part += b[:, None, None]
@@ -58,6 +60,7 @@ def backward(gates: list[Tensor], h: Tensor, c: Tensor, hidden: TransitionWeight
     args = (h_0, c_0, peephole, *args)
     if has_triton:
         return triton_backend.backward(gates, h, c, hidden, *args)
-    if simt.refusal(gates, hidden) is None:
-        return simt.backward(gates, h, c, hidden, *args)
+    for family in (sm80, simt):
+        if family.refusal(gates, hidden) is None:
+            return family.backward(gates, h, c, hidden, *args)
     return aten.backward(gates, h, c, hidden, *args, gate_step_backward=compiled.gate_step_backward)

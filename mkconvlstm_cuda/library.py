@@ -30,21 +30,24 @@ _operations.define(
     "fourier_analyze(Tensor images, int step, int before, int extent, int side, Tensor(a!) spectrum) -> ()"
 )
 _operations.define("fourier_synthesize(Tensor products, Tensor? bias, int step, int side, Tensor(a!) images) -> ()")
-# The recurrence in float64 or float32, one launch a step. Part r of z is [T, B, H, W, 4*F_r] and becomes the activated
-# gates with `keep`, and is overwritten without; weights are packed by simt.py, and kernels are (height, width, dilation
-# height, dilation width) of each part. h_0, c_0 [B, H, W, F]; bias [4*F], gate-major, is added; peephole as above;
-# state [2, B, H, W, F] is scratch. h [B, T, F, H, W] and c [T or, without `keep`, 1, B, H, W, F] are written. All
-# contiguous.
-_operations.define(
-    "simt_forward(Tensor(a!)[] z, Tensor[] weights, int[] kernels, Tensor? h_0, Tensor? c_0, Tensor? bias, "
-    "Tensor? peephole, bool current_output_peephole, bool keep, Tensor(b!) state, Tensor(c!) h, Tensor(d!) c) -> ()"
-)
-# The gates become the gradients of the pre-activations. dh [B, T, F, H, W] of any strides; dc_n, dh_0 and dc
+# The recurrence, one launch a step: `simt` in float64 or float32, `sm80` in half types or float32 (as TF32). Part r of
+# z is [T, B, H, W, 4*F_r] and becomes the activated gates with `keep`, and is overwritten without; weights are packed
+# by simt.py or sm80.py, and kernels are (height, width, dilation height, dilation width) of each part. h_0
+# [B, H, W, F']; c_0 [B, H, W, F]; bias [4*F], gate-major, is added; peephole as above; state [2, B, H, W, F'] is
+# scratch. F' is F, for `sm80` padded to 16 bytes. h [B, T, F, H, W] and c [T or, without `keep`, 1, B, H, W, F] are
+# written. z, weights, h_0, state and h are of one type, the others as in a gate step. All contiguous.
+# Backward, the gates become the gradients of the pre-activations. dh [B, T, F, H, W] of any strides; dc_n, dh_0 and dc
 # [B, H, W, F], the last two written; lengths [B] int64: the steps after which dc_n enters, T without.
-_operations.define(
-    "simt_backward(Tensor(a!)[] gates, Tensor[] weights, int[] kernels, Tensor? c_0, Tensor c, Tensor? peephole, "
-    "bool current_output_peephole, Tensor? dh, Tensor? dc_n, Tensor? lengths, Tensor(b!)? dh_0, Tensor(c!) dc) -> ()"
-)
+for _family in ("simt", "sm80"):
+    _operations.define(
+        f"{_family}_forward(Tensor(a!)[] z, Tensor[] weights, int[] kernels, Tensor? h_0, Tensor? c_0, Tensor? bias, "
+        "Tensor? peephole, bool current_output_peephole, bool keep, Tensor(b!) state, Tensor(c!) h, Tensor(d!) c) -> ()"
+    )
+    _operations.define(
+        f"{_family}_backward(Tensor(a!)[] gates, Tensor[] weights, int[] kernels, Tensor? c_0, Tensor c, "
+        "Tensor? peephole, bool current_output_peephole, Tensor? dh, Tensor? dc_n, Tensor? lengths, Tensor(b!)? dh_0, "
+        "Tensor(c!) dc) -> ()"
+    )
 
 
 def load(device_type: str) -> str | None:

@@ -102,6 +102,8 @@ void copy_async(void* shared, const void* global, int there) {
   fibers[threadIdx.x].copies.back().push_back({shared, global, kBytes, static_cast<size_t>(there)});
 }
 
+inline void copy_async_streaming(void* shared, const void* global) { copy_async<16>(shared, global, 16); }
+
 inline void end_copy_group() { fibers[threadIdx.x].copies.emplace_back(); }
 
 template <int kPending>

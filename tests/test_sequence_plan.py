@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from mkconvlstm_cuda import _C, aten, cuda_backend, simt, sm90, triton_backend
+from mkconvlstm_cuda import _C, aten, cuda_backend, simt, sm80, sm90, triton_backend
 from mkconvlstm_cuda.convolution import BranchWeights, TransitionWeights
 
 TILE_ROWS, STAGE_BYTES, ROW_BYTES = 128, 16384, 128
@@ -239,7 +239,8 @@ def test_refusal_of_operands(change, reason, direction, monkeypatch):
 def test_who_runs_backward(channels, served, triton, wanted, monkeypatch):
     monkeypatch.setattr(sm90, "refusal", lambda *args: None if args[3] in served else "no")
     monkeypatch.setattr(triton_backend, "available", lambda: None if triton else "no")
-    monkeypatch.setattr(simt, "refusal", lambda *_: "no")
+    for family in (sm80, simt):
+        monkeypatch.setattr(family, "refusal", lambda *_: "no")
     for module, name in ((sm90, "sm90"), (triton_backend, "triton"), (aten, "aten")):
         monkeypatch.setattr(module, "backward", lambda *_, name=name, **__: name)
     hidden = TransitionWeights((BranchWeights(torch.zeros((4 * channels, channels, 3, 3))),))

@@ -1,0 +1,8 @@
+#include "launch.cuh"
+
+namespace mkconvlstm::sm80 {
+
+template cudaError_t launch(const Forward<__half>&, const Tiling&, const Pass&, cudaStream_t);
+template cudaError_t launch(const Backward<__half>&, const Tiling&, const Pass&, cudaStream_t);
+
+}  // namespace mkconvlstm::sm80

@@ -116,7 +116,7 @@ def hidden_convolutions(workload: Workload, device: torch.device, dtype: torch.d
 
 def ours(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
     """Fused and hand-written backends that can run on ``device``, the one that "auto" likes best first."""
-    problem = dispatch.Problem(device, dtype, 1, 8, 8, (8,))
+    problem = dispatch.Problem(device, dtype, 1, 8, 8, ((3, 3, 8),))
     return [b.name for b in dispatch.BACKENDS.values() if b.forward and dispatch.refusal(b, problem) is None]
 
 
@@ -145,6 +145,9 @@ def builders(
         table[f"ours, {backend}"] = lambda x, dy, b=backend: Contestant(layer(backend=b).to(dtype), x, dy)
     best = names[0]
     if device.type == "cuda":
-        table[f"ours, {best}, in a CUDA graph"] = lambda x, dy: Graphed(layer(backend=best).to(dtype), x, dy)
+        for backend in [name for name in names if name != "aten"]:
+            table[f"ours, {backend}, in a CUDA graph"] = lambda x, dy, b=backend: Graphed(
+                layer(backend=b).to(dtype), x, dy
+            )
     table[f"ours, {best}, recompute"] = lambda x, dy: Contestant(layer(backend=best, recompute=True).to(dtype), x, dy)
     return table

@@ -162,7 +162,7 @@ class MKConvLSTMCell(nn.Module):
         with no_autocast(x.device):  # from here every dtype is chosen, not guessed
             live = self.live_parts
             hidden = self.hidden_transition if live else self.hidden_transition.weights().to(dtype)
-            chosen = functional.choose(x, dtype, hidden, live_parts=live, backend=self.backend)
+            chosen = functional.choose(x, dtype, hidden, peephole=self.peephole, live_parts=live, backend=self.backend)
             masks = None if self.attention is None else self.masks(flow, dtype)
             weights = None
             if masks is None and not self.input_transition.live_parts:

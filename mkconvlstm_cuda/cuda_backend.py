@@ -1,7 +1,7 @@
 """The ``cuda`` backend: the fused recurrence where a family of kernels has it, else ``aten``'s loop with fused gates.
 
-``sm90``: half types on Hopper. ``sm80``: half types, and float32 where torch's switches allow TF32, on any GPU from sm_80
-on. ``simt``: float64, and float32 where the switches demand full precision.
+``sm90``: half types on Hopper. ``sm80``: half types, and float32 where torch's switches allow TF32, on any GPU from
+sm_80 on. ``simt``: float64, and float32 where the switches demand full precision.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def supports(problem) -> str | None:
     if problem.live_parts:
         return f"its hidden transition has {problem.live_parts}, which only 'reference' computes"
     return None
+
+
+def fastest(problem) -> bool:
+    """Whether a family is faster for ``problem`` than Triton's kernels."""
+    return sm90.fastest(problem)
 
 
 def forward(

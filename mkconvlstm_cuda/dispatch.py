@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import aten, cuda_backend, triton_backend
+from .convolution import TransitionWeights
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,25 @@ class Problem:
     batch: int
     height: int
     width: int
-    hidden_sizes: tuple[int, ...] = ()  # F_r of each branch of the hidden transition
+    kernels: tuple[tuple[int, int, int], ...] = ()  # height, width and F_r of each branch of the hidden transition
+    plain: bool = True  # no mix, bottlenecks or dilation in the hidden transition, and no peepholes
     bottlenecks: bool = False
     live_parts: str | None = None  # parts of the hidden transition that no weight stands for, such as "batch norm"
+
+    @classmethod
+    def of(cls, x: Tensor, dtype: torch.dtype, hidden: TransitionWeights, peephole: Tensor | None) -> Problem:
+        """The problem of ``x`` [B, T, C, H, W] computed in ``dtype`` with a hidden transition that weights express."""
+        batch, _, _, height, width = x.shape
+        kernels = tuple((*b.weight.shape[2:], b.weight.shape[0] // 4) for b in hidden.branches)
+        bottlenecks = any(b.bottleneck is not None for b in hidden.branches)
+        dilated = any(tuple(b.dilation) != (1, 1) for b in hidden.branches)
+        plain = hidden.mix is None and peephole is None and not bottlenecks and not dilated
+        return cls(x.device, dtype, batch, height, width, kernels, plain, bottlenecks)
+
+    @property
+    def hidden_channels(self) -> int:
+        """F."""
+        return sum(channels for _, _, channels in self.kernels)
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,7 @@ class Backend:
     """One implementation of the recurrence.
 
     ``supports(problem)`` is None for "yes", else the reason why not. ``available()`` is the same for this machine.
+    ``fastest(problem)``: whether "auto" takes it before those that come earlier in the table, where it serves.
     ``forward`` and ``backward`` have the signatures of :func:`aten.forward` and :func:`aten.backward`; the
     ``reference`` backend has neither, since torch differentiates it.
     """
@@ -39,6 +58,7 @@ class Backend:
     supports: Callable[[Problem], str | None]
     forward: Callable | None = None
     backward: Callable | None = None
+    fastest: Callable[[Problem], bool] = lambda problem: False
     adds_bias: bool = False  # whether ``forward`` takes b as one more argument; else it is in z
 
 
@@ -75,13 +95,14 @@ BACKENDS: dict[str, Backend] = {
             cuda_backend.supports,
             cuda_backend.forward,
             cuda_backend.backward,
+            cuda_backend.fastest,
             adds_bias=True,
         ),
         Backend("aten", _yes, _weights_only, aten.forward, aten.backward),
         Backend("reference", _yes, _yes),
     )
 }
-"""All backends, the one that "auto" likes best first."""
+"""All backends, the one that "auto" likes best first, but for what ``fastest`` says."""
 
 
 def names() -> tuple[str, ...]:
@@ -129,7 +150,10 @@ def choose(problem: Problem, backend: str = "auto") -> Backend:
         if reason := reason or refusal(chosen, problem):
             raise Refusal(f"backend: {backend!r} cannot serve this call: {reason}")
         return chosen
-    return BACKENDS["reference"] if reason else next(b for b in BACKENDS.values() if refusal(b, problem) is None)
+    if reason:
+        return BACKENDS["reference"]
+    serving = [b for b in BACKENDS.values() if refusal(b, problem) is None]
+    return next((b for b in serving if b.fastest(problem)), serving[0])
 
 
 def choose_traced(live_parts: str | None, backend: str) -> Backend:

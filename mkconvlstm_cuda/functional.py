@@ -70,7 +70,7 @@ def mkconvlstm(
     w_h = TransitionWeights(tuple(BranchWeights(w) for w in hidden_weights))
     check_peephole(peephole, output_peephole, hidden_channels, x)
     h_0, c_0 = check_state(state, (x.shape[0], hidden_channels, *x.shape[3:]), dtype, x)
-    chosen = choose(x, dtype, w_h, backend=backend)
+    chosen = choose(x, dtype, w_h, peephole=peephole, backend=backend)
     w_x, w_h = w_x.to(dtype), w_h.to(dtype)
 
     h, h_n, c_n = sequence(
@@ -172,6 +172,7 @@ def choose(
     dtype: torch.dtype,
     hidden: TransitionWeights | Callable[[Tensor], Tensor],
     *,
+    peephole: Tensor | None = None,
     live_parts: str | None = None,
     backend: str = "auto",
 ) -> dispatch.Backend:
@@ -182,14 +183,11 @@ def choose(
     if torch.compiler.is_compiling():
         return dispatch.choose_traced(live_parts, backend)
     check_fork(x.device)
-    batch, _, _, height, width = x.shape
-    known = {}
-    if not live_parts:
-        known = {
-            "hidden_sizes": tuple(hidden.sizes),
-            "bottlenecks": any(b.bottleneck is not None for b in hidden.branches),
-        }
-    problem = dispatch.Problem(x.device, dtype, batch, height, width, live_parts=live_parts, **known)
+    if live_parts:
+        batch, _, _, height, width = x.shape
+        problem = dispatch.Problem(x.device, dtype, batch, height, width, live_parts=live_parts)
+    else:
+        problem = dispatch.Problem.of(x, dtype, hidden, peephole)
     return dispatch.choose(problem, backend)
 
 

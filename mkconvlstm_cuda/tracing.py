@@ -53,12 +53,9 @@ def transitions_of(given, present, input_dilations, input_tanh, dilations, tanh)
     return tensors, w_x, TransitionWeights.from_tensors(tensors[count:], dilations, tanh)
 
 
-def options_of(x, w_x, w_h, dtype, output_peephole, recompute, backend) -> SequenceOptions:
+def options_of(x, w_x, w_h, dtype, peephole, output_peephole, recompute, backend) -> SequenceOptions:
     """The options of a call, its backend chosen for ``x`` [B, T, C, H, W]; raises as :func:`dispatch.choose`."""
-    batch, _, _, height, width = x.shape
-    bottlenecks = any(b.bottleneck is not None for b in w_h.branches)
-    problem = dispatch.Problem(x.device, dtype, batch, height, width, tuple(w_h.sizes), bottlenecks)
-    chosen = dispatch.choose(problem, backend).name
+    chosen = dispatch.choose(dispatch.Problem.of(x, dtype, w_h, peephole), backend).name
     input_form = None if w_x is None else w_x.form
     return SequenceOptions(chosen, dtype, input_form, w_h.form, output_peephole, recompute, None)
 
@@ -81,7 +78,7 @@ def _layer(
         MOST_PIECES but the first; zeros where there are fewer pieces.
     """
     tensors, w_x, w_h = transitions_of(given, present, input_dilations, input_tanh, dilations, tanh)
-    options = options_of(x, w_x, w_h, dtype, output_peephole, recompute, backend)
+    options = options_of(x, w_x, w_h, dtype, peephole, output_peephole, recompute, backend)
     z = None if z is None else z.clone()  # it is overwritten
     with torch.no_grad(), no_autocast(x.device):
         if not keep:
@@ -126,7 +123,7 @@ def _layer_backward(
     """The gradients of those of x, z, h_0, c_0, peephole, bias and ``given`` that ``needs`` names, each contiguous."""
     tensors, w_x, w_h = transitions_of(given, present, input_dilations, input_tanh, dilations, tanh)
     saved = Saved()
-    saved.options = options_of(x, w_x, w_h, dtype, output_peephole, recompute, backend)
+    saved.options = options_of(x, w_x, w_h, dtype, peephole, output_peephole, recompute, backend)
     if recompute:
         gates = gates[: len(pieces(x, sum(w_h.sizes), dtype)) - 1]
     elif not keeps_graph():

@@ -64,7 +64,7 @@ def supports(problem) -> str | None:
     if problem.bottlenecks:
         return "its hidden transition has 1x1 bottlenecks"
     pixels = problem.height * problem.width
-    if max(problem.batch * pixels, 4 * sum(problem.hidden_sizes) * pixels) >= 2**31:
+    if max(problem.batch * pixels, 4 * problem.hidden_channels * pixels) >= 2**31:
         return "an image, or all pixels of a step, would need more than 31 bits to count"
     return None
 

@@ -2,11 +2,12 @@
 
 import contextlib
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mkconvlstm_cuda import _C, aten, cuda_backend, simt, sm80, sm90, triton_backend
+from mkconvlstm_cuda import _C, aten, cuda_backend, dispatch, simt, sm80, sm90, triton_backend
 from mkconvlstm_cuda.convolution import BranchWeights, TransitionWeights
 
 TILE_ROWS, STAGE_BYTES, ROW_BYTES = 128, 16384, 128
@@ -245,3 +246,20 @@ def test_who_runs_backward(channels, served, triton, wanted, monkeypatch):
         monkeypatch.setattr(module, "backward", lambda *_, name=name, **__: name)
     hidden = TransitionWeights((BranchWeights(torch.zeros((4 * channels, channels, 3, 3))),))
     assert cuda_backend.backward([], None, None, hidden, None, None, None, "previous", None, None, None) == wanted
+
+
+def test_auto_takes_the_kernels_where_they_are_fastest(monkeypatch):
+    monkeypatch.setattr(sm90, "device_limits", lambda _: (132, 232448))
+    for backend in ("triton", "cuda"):
+        serving = replace(dispatch.BACKENDS[backend], available=lambda: None, supports=lambda _: None)
+        monkeypatch.setitem(dispatch.BACKENDS, backend, serving)
+
+    def chosen(batch, height, width, branches, dtype=torch.bfloat16, **more):
+        problem = dispatch.Problem(torch.device("cuda"), dtype, batch, height, width, tuple(branches), **more)
+        return dispatch.choose(problem).name
+
+    assert {chosen(**problem) for problem in WORKLOADS.values()} == {"cuda"}
+    small = {"batch": 1, "height": 32, "width": 32, "branches": [(3, 3, 32), (5, 5, 32)]}
+    assert chosen(**small) == "triton"
+    assert chosen(**WORKLOADS["paper_mk35"], plain=False) == "triton"
+    assert chosen(**WORKLOADS["paper_mk35"], dtype=torch.float32) == "triton"

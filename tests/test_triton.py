@@ -48,9 +48,9 @@ def test_float64_and_tensors_elsewhere_are_refused():
 
 def test_images_too_large_are_refused():
     supports = dispatch.BACKENDS["triton"].supports
-    problem = dispatch.Problem(torch.device("cuda"), torch.float16, 1, 2048, 2048, hidden_sizes=(128,))
+    problem = dispatch.Problem(torch.device("cuda"), torch.float16, 1, 2048, 2048, kernels=((3, 3, 128),))
     assert "31 bits" in supports(problem)
-    assert supports(dispatch.Problem(torch.device("cuda"), torch.float16, 1, 2048, 2048, hidden_sizes=(64,))) is None
+    assert supports(dispatch.Problem(torch.device("cuda"), torch.float16, 1, 2048, 2048, kernels=((3, 3, 64),))) is None
 
 
 def test_a_second_launch_of_the_like_reuses_the_compiled_kernel(monkeypatch):

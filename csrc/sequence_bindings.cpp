@@ -140,6 +140,7 @@ void bind_sequence_plan(py::module_& m) {
       .def_property_readonly("partial_bytes", &BackwardPlan::partial_bytes)
       .def_property_readonly("tile_channels",
                              [](const BackwardPlan& plan) { return plan.program.chunks * sm90::kChunkChannels; })
+      .def_property_readonly("batch", [](const BackwardPlan& plan) { return plan.program.batch; })
       .def_property_readonly("pieces", &pieces);
 
   m.def("plan_forward", &forward_plan,

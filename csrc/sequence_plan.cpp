@@ -21,7 +21,8 @@ constexpr int kMaxRadius = 15;  // of a kernel; bits of a word say which neighbo
 // of them keeps the tensor cores busy while the other computes gates.
 constexpr int kDelayBoth = 4;
 constexpr int kDelaySecond = 8;
-constexpr int kBackwardBoxes = 3;  // at a time: one is multiplied, others are on their way
+constexpr int kBackwardBoxes = 2;  // at a time: one is multiplied, the next is on its way
+constexpr int kMostBatch = 4;      // pieces whose sums backward fetches at a time
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
@@ -98,20 +99,25 @@ void fill_boxes(const std::array<ColumnGroup, 2>& groups, int64_t hidden, Forwar
 }
 
 // The rows of a box, which serve all taps up to the radii.
-void set_halo(int64_t width, Program& program) {
+void size_boxes(int64_t width, Program& program) {
   if (std::max(program.radius_y, program.radius_x) > kMaxRadius) refuse("the kernel is too large");
   const int64_t halo = program.radius_y * width + program.radius_x;
   if (halo > std::numeric_limits<int16_t>::max()) refuse("the image is too wide");
   program.halo = static_cast<int>(halo);
-}
-
-// At most that many boxes, as fit beside a sufficient ring of weights.
-void divide_shared_memory(const HopperLimits& limits, int box_slots, Program& program) {
   const int rows = round_up(kTileRows + 2 * program.halo, kSwizzleRows);
   program.box_chunks = ceil_div(rows, kMaxBoxRows);
   program.chunk_rows = round_up(ceil_div(rows, program.box_chunks), kSwizzleRows);
-  const int available = limits.shared_memory - kZeroBytes - kBarrierBytes;
-  const auto stages = [&](int slots) { return (available - slots * program.box_bytes()) / kStageBytes; };
+}
+
+// Stages of weights for which there is room beside so many boxes and `reserved` bytes.
+int stages_beside(const HopperLimits& limits, int reserved, int box_slots, const Program& program) {
+  const int available = limits.shared_memory - reserved - kZeroBytes - kBarrierBytes;
+  return (available - box_slots * program.box_bytes()) / kStageBytes;
+}
+
+// At most that many boxes, as fit beside a sufficient ring of weights and `reserved` bytes.
+void divide_shared_memory(const HopperLimits& limits, int reserved, int box_slots, Program& program) {
+  const auto stages = [&](int slots) { return stages_beside(limits, reserved, slots, program); };
   program.box_slots = box_slots;
   while (program.box_slots > 1 && stages(program.box_slots) < kMinStages) --program.box_slots;
   program.stages = std::min(kMaxStages, stages(program.box_slots));
@@ -224,6 +230,8 @@ std::vector<GateBox> fill_backward_units(const SequenceProblem& problem, Program
   return boxes;
 }
 
+int sum_bytes(int batch) { return kBatchBarrierBytes + kSumBatches * batch * kChunkBytes; }
+
 int most_pieces(const Program& program) { return std::min(kMaxPieces, program.stages_per_tile); }
 
 // Cycles of a step, roughly as measured. What comes between a tile's products and those of its next step, the way of
@@ -295,14 +303,14 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
   const ColumnGroup& largest = plan.groups[1];
   program.radius_y = largest.kernel_height / 2;
   program.radius_x = largest.kernel_width / 2;
-  set_halo(problem.width, program);
+  size_boxes(problem.width, program);
   plan.taps = list_taps(plan.groups);
   if (plan.taps.size() > kMaxTaps) refuse("the kernel is too large");
   const int taps = static_cast<int>(plan.taps.size());
   const int shared = plan.groups[0].kernel_height * plan.groups[0].kernel_width;
   fill_boxes(plan.groups, problem.hidden(), program);
   // All of a tile, or at least two, so that the next tile's first box arrives while this one is multiplied.
-  divide_shared_memory(limits, std::max(program.box_count, 2), program);
+  divide_shared_memory(limits, 0, std::max(program.box_count, 2), program);
 
   const std::vector<Step> steps = order_products(program, shared, taps);
   program.stages_per_tile = 0;
@@ -332,8 +340,7 @@ BackwardPlan plan_backward(const SequenceProblem& problem, const HopperLimits& l
     program.radius_x = std::max(program.radius_x, static_cast<int>(branch.kernel_width / 2));
     if (branch.kernel_height * branch.kernel_width > kMaxTaps) refuse("the kernel is too large");
   }
-  set_halo(problem.width, program);
-  divide_shared_memory(limits, kBackwardBoxes, program);
+  size_boxes(problem.width, program);
   program.columns = problem.hidden() > kGroupColumns ? Columns::kBoth : Columns::kSecond;
   program.stage_units = program.columns == Columns::kBoth ? 1 : 2;
   program.chunks = (program.columns == Columns::kBoth ? 2 : 1) * kGroupColumns / kChunkChannels;
@@ -347,12 +354,16 @@ BackwardPlan plan_backward(const SequenceProblem& problem, const HopperLimits& l
   if (pieces == 0) pieces = choose_pieces(program, tiles, limits.multiprocessors);
   if (pieces < 1 || pieces > most_pieces(program)) refuse("a tile cannot be cut into so many pieces");
   cut(boxes, pieces, program);
+  program.batch = std::min(pieces, kMostBatch);
+  const auto stages = [&] { return stages_beside(limits, sum_bytes(program.batch), kBackwardBoxes, program); };
+  while (program.batch > 1 && stages() < kMinStages) --program.batch;
+  divide_shared_memory(limits, sum_bytes(program.batch), kBackwardBoxes, program);
 
   const int64_t items = tiles * pieces;
   if (items > std::numeric_limits<int32_t>::max() / (kTileRows * program.chunks * kChunkChannels))
     refuse("too many tiles");
   plan.blocks = ceil_div(items, ceil_div(items, limits.multiprocessors));
-  plan.shared_memory = shared_memory(program);
+  plan.shared_memory = shared_memory(program) + sum_bytes(program.batch);
   return plan;
 }
 

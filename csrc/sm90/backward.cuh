@@ -2,9 +2,9 @@
 //
 // An item is one piece of a tile: 128 pixels x 64 or 128 hidden channels of dh, summed over some of all gates and taps.
 // Consumers leave its sums in memory, as their registers hold them. When all pieces of a tile are there, other warps of
-// the same blocks add them up, always in the same order, each block for a share of the channels, and make the gates of
-// the step into their gradients. Blocks tell each other by counters what is there: one for each tile's sums, one for
-// each pixel tile's gradients.
+// the same blocks fetch them, add them up, always in the same order, each block for a share of the channels, and make
+// the gates of the step into their gradients. Blocks tell each other by counters what is there: one for each tile's
+// sums, one for each pixel tile's gradients.
 #pragma once
 
 #include "../gates.cuh"
@@ -12,21 +12,12 @@
 #include "convolve.cuh"
 #include "half_math.cuh"
 #include "launch.cuh"
+#include "sums.cuh"
 
 namespace mkconvlstm::sm90 {
 
-constexpr int kConsumerThreads = 128 * kConsumers;
-constexpr int kFinisherThreads = kConsumerThreads;  // one for each consumer's thread, whose sums it adds up
 // Each has 96 registers at the launch: producers give up as many as consumers take.
 constexpr int kBackwardThreads = 32 * kProducerWarps + kConsumerThreads + kFinisherThreads;
-
-// Named barriers.
-constexpr int kSummedBarrier = 1, kFinishedBarrier = 2;
-constexpr int kSummedThreads = kConsumerThreads + 32;
-
-struct Item {
-  int index, tile, m, n, piece;
-};
 
 // All items of this block, at each step from the first one down to the last.
 template <typename Body>
@@ -88,15 +79,6 @@ __device__ __forceinline__ void publish_sums(const Backward& params) {
   });
 }
 
-// A group's sums: of every 16 channels both rows of the thread, four neighbouring channels each.
-__device__ __forceinline__ void store_sums(const float (&sums)[32], float4* partial) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float* values = sums + i / 2 * 8 + i % 2 * 2;
-    __stcg(partial + i * kConsumerThreads, make_float4(values[0], values[1], values[4], values[5]));
-  }
-}
-
 // Two warpgroups: products.
 template <typename T>
 __device__ __forceinline__ void consume(const Backward& params, const SharedMemory& shared) {
@@ -139,11 +121,9 @@ __device__ __forceinline__ void consume(const Backward& params, const SharedMemo
 template <typename T>
 class GradientStep {
  public:
-  __device__ explicit GradientStep(const Backward& params) : params_(params) {
-    const int thread = threadIdx.x - (kBackwardThreads - kFinisherThreads);
+  __device__ GradientStep(const Backward& params, int thread) : params_(params) {
     row_ = 16 * (thread / 32) + thread % 32 / 4;
     channel_ = 4 * (thread % 4);
-    partial_ = params.partial + thread;
   }
 
   __device__ __forceinline__ void place(const Item& item) { pixel_ = item.m * kTileRows + row_; }
@@ -178,18 +158,8 @@ class GradientStep {
     }
   }
 
-  // Adds up the pieces' sums and stores what step's gates become, or dh_0.
-  __device__ __forceinline__ void finish(int step, const Item& item, int chunk) {
-    float4 dh[2] = {};
-    if (step < params_.steps - 1) {
-      const int item_sums = 2 * params_.program.chunks * kConsumerThreads;
-      const float4* sums = partial_ + int64_t{item.index - item.piece} * item_sums + 2 * chunk * kConsumerThreads;
-#pragma unroll 4
-      for (int piece = 0; piece < params_.program.piece_count; ++piece) {
-        dh[0] = add(dh[0], __ldcg(sums + piece * item_sums));
-        dh[1] = add(dh[1], __ldcg(sums + piece * item_sums + kConsumerThreads));
-      }
-    }
+  // Stores what step's gates become, or dh_0. dh: the gradient of h_t through step t + 1.
+  __device__ __forceinline__ void finish(int step, const float4 (&dh)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (!there(half)) continue;
@@ -204,10 +174,6 @@ class GradientStep {
  private:
   static __device__ __forceinline__ float4 load4(const float* values) {
     return *reinterpret_cast<const float4*>(values);
-  }
-
-  static __device__ __forceinline__ float4 add(float4 a, float4 b) {
-    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
   }
 
   static __device__ __forceinline__ uint2 pack(float4 values) {
@@ -268,10 +234,9 @@ class GradientStep {
   }
 
   const Backward& params_;
-  const float4* partial_;  // this thread's
-  int row_, channel_;      // of a tile and a chunk; the second row is 8 later
-  int pixel_;              // of the first row
-  int channel_at_;         // the first of the four among all hidden channels
+  int row_, channel_;  // of a tile and a chunk; the second row is 8 later
+  int pixel_;          // of the first row
+  int channel_at_;     // the first of the four among all hidden channels
   uint2 gates_[2][4];
   float4 c_[2], c_prev_[2], dc_[2];
   T dh_[2][4];
@@ -279,24 +244,33 @@ class GradientStep {
 
 // Two warpgroups: gates' gradients.
 template <typename T>
-__device__ __forceinline__ void finish_items(const Backward& params) {
+__device__ __forceinline__ void finish_items(const Backward& params, const SharedMemory& shared) {
   const BackwardProgram& program = params.program;
   const int pieces = program.piece_count, shares = min(pieces, program.chunks);
-  const bool elected = threadIdx.x == kBackwardThreads - kFinisherThreads;
-  GradientStep<T> gradients(params);
+  const int thread = threadIdx.x - (kBackwardThreads - kFinisherThreads);
+  const bool elected = thread == 0;
+  GradientStep<T> gradients(params, thread);
+  SumBatches sums(params, shared, thread);
   for_each_item(params, params.steps - 1, [&](int step, const Item& item) {
     if (item.piece >= shares) return;
     const int first = program.chunks * item.piece / shares, last = program.chunks * (item.piece + 1) / shares;
+    const bool has_sums = step < params.steps - 1;
     gradients.place(item);
     gradients.load(step, item, first);
-    if (step < params.steps - 1) {
-      if (elected) wait_counter(params.summed + item.tile * kCounterStride, (params.steps - 1 - step) * pieces);
-      sync_threads(kFinishedBarrier, kFinisherThreads);
+    if (has_sums) {
+      if (elected) {
+        wait_counter(params.summed + item.tile * kCounterStride, (params.steps - 1 - step) * pieces);
+        fence_proxy_async();
+        sums.begin(item, first, last);
+      }
+      sync_threads(kFinishedBarrier, kFinisherThreads);  // the others sleep until then
     }
 #pragma unroll 1
     for (int chunk = first; chunk < last; ++chunk) {
       if (chunk > first) gradients.load(step, item, chunk);
-      gradients.finish(step, item, chunk);
+      float4 dh[2] = {};
+      if (has_sums) sums.add_up(elected, dh);
+      gradients.finish(step, dh);
     }
     sync_threads(kFinishedBarrier, kFinisherThreads);
     if (elected) publish(params.finished + item.m * kCounterStride);
@@ -309,6 +283,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
                     const __grid_constant__ Backward params) {
   extern __shared__ __align__(1024) char memory[];
   const SharedMemory shared(params.program, memory);
+  if (threadIdx.x == 0) SumBatches(params, shared, 0).init();
   shared.init(params.program, memory);
 
   const int warp = threadIdx.x / 32;
@@ -329,7 +304,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     consume<T>(params, shared);
     arrive_if(threadIdx.x % 32 == 0, shared.finished);
   } else {
-    finish_items<T>(params);
+    finish_items<T>(params, shared);
   }
 }
 

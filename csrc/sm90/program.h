@@ -24,6 +24,8 @@ constexpr int kMaxStages = 8;
 constexpr int kMaxPieces = 32;
 constexpr int kMaxPieceBoxes = 256;
 constexpr int kChunkChannels = 16;  // that four neighbouring threads of a consumer have backward
+constexpr int kChunkBytes = kTileRows * kChunkChannels * 4;  // of sums
+constexpr int kSumBatches = 2;                               // of chunks' sums in shared memory, one on its way
 
 // What one tap of one box is multiplied into: both groups' sums or the second's alone.
 enum class Columns : uint8_t { kBoth, kSecond };
@@ -101,10 +103,13 @@ struct BackwardProgram : Program {
   Columns columns;  // all units have the same
   int stage_units;  // taps in a stage of weights
   int chunks;       // a tile's columns in units of kChunkChannels
+  int batch;        // pieces whose sums of a chunk are fetched at a time
 };
 
 // Shared memory: boxes, 8 rows of zeros, the weights' ring, barriers.
 constexpr int kZeroBytes = 8 * kRowBytes;
 constexpr int kBarrierBytes = 8 * (2 * (kMaxStages + kMaxBoxes) + 1);
+// After these, backward: barriers of the batches, what aligns these, batches.
+constexpr int kBatchBarrierBytes = 8 * kSumBatches + 128;
 
 }  // namespace mkconvlstm::sm90

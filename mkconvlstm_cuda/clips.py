@@ -19,6 +19,7 @@ from .files import atomic
 from .flow import optical_flow
 from .video import ClipSettings, Skipped, Video, VideoError, read_clip
 
+_AT_ONCE = 32  # frames that a frozen encoder sees together, which bounds its memory
 _LARGEST = torch.finfo(torch.float16).max
 _VERSION = 1  # of what is in the cache: raise it when the same key would hold something else
 
@@ -164,8 +165,12 @@ class CachedClips(Dataset):
         encoder = self.recipe.encoder
         if "x" in made and encoder is not None:
             device = next((tensor.device for tensor in encoder.state_dict().values()), torch.device("cpu"))
-            features = encode(encoder, made["x"][None].to(device))[0].cpu()
-            made["x"] = features.clamp(-_LARGEST, _LARGEST).half()
+            frames = made["x"][None]
+            whole = getattr(encoder, "takes_clips", False)
+            parts = [
+                encode(encoder, part.to(device)) for part in frames.split(frames.shape[1] if whole else _AT_ONCE, 1)
+            ]
+            made["x"] = torch.cat(parts, dim=1)[0].clamp(-_LARGEST, _LARGEST).half().cpu()
         return made
 
 

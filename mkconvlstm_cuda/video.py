@@ -228,7 +228,7 @@ def read_clip(path: str | Path, settings: ClipSettings) -> Tensor:
     av = import_av()
     needed = settings.start + settings.num_frames
     try:
-        with open(path, "rb") as file:  # a file object: FFmpeg gets no name that it could take for an address
+        with open(path, "rb") as file:
             frames = [_square(frame, settings) for frame in _sample(file, settings.fps, needed)]
     except av.FFmpegError as error:
         raise VideoError("corrupt", error.strerror or str(error)) from error

@@ -170,6 +170,7 @@ def test_frames_are_scaled_and_cut_out_of_the_middle(tmp_path):
 
 
 def test_damaged_files_are_errors_of_their_own(tmp_path):
+    """Playlists too, which FFmpeg alone would follow to other files."""
     good = write_video(tmp_path / "good.avi", frames=40, codec="mpeg4").read_bytes()
     address = "http://localhost:9/segment.ts"
     contents = {
@@ -177,7 +178,7 @@ def test_damaged_files_are_errors_of_their_own(tmp_path):
         "text.avi": b"no video at all\n" * 40,
         "head.avi": good[:200],
         "playlist.avi": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{address}\n#EXT-X-ENDLIST\n".encode(),
-        "concat.avi": f"ffconcat version 1.0\nfile {tmp_path / 'good.avi'}\n".encode(),
+        "concat.avi": b"ffconcat version 1.0\nfile good.avi\n",
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)

@@ -110,7 +110,7 @@ def train_classifier(
     except KeyboardInterrupt:
         console.print(f"stopped; continue with the same command and --resume (checkpoint in {escape(str(output))})")
         raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         console.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(2) from None
     console.print(summary(metrics))

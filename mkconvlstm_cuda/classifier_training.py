@@ -1,6 +1,7 @@
 """How a VideoClassifier is trained: settings, one step, evaluation, checkpoints; by one process or several."""
 
 import json
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -125,7 +126,10 @@ class Trainer:
         return self.group.rank >= len(self._chosen(self.step))
 
     def train_step(self, batch: Sample, stop: bool) -> bool:
-        """One step of AdamW on the mean of all processes' clips. Returns whether any process wants to `stop`."""
+        """One step of AdamW on the mean of all processes' clips. Returns whether any process wants to `stop`.
+
+        Raises FloatingPointError, in all processes, if the loss is not finite.
+        """
         settings, device = self.settings, self.group.device
         warm_up = min(WARM_UP_STEPS, -(-self.steps // 10))
         rate = settings.learning_rate * min(1, (self.step + 1) / warm_up, 1 - self.step / self.steps)
@@ -141,6 +145,8 @@ class Trainer:
             torch.stack([weight.sum().to(device), loss.detach(), torch.tensor(float(stop), device=device)])
         )
         count, summed, stops = totals.tolist()
+        if not math.isfinite(summed):
+            raise FloatingPointError(f"training diverged: the loss of step {self.step + 1} is {summed}")
         self.optimizer.zero_grad()
         (loss * self.group.world / max(count, 1)).backward()  # DDP averages over processes
         if count:

@@ -77,6 +77,7 @@ def run(
         FileNotFoundError: a folder, the train list or the encoder's weights are not there.
         ImportError: PyAV, OpenCV (for masks) or safetensors is missing.
         OSError: a file cannot be written.
+        FloatingPointError: the loss is no longer finite; the last checkpoint is from before.
     """
     settings = Settings(**settings)
     if not isinstance(workers, int) or workers < 0:
@@ -214,7 +215,7 @@ def _tell_skipped(
 
 
 def _named(names: Sequence[str]) -> str:
-    more = f", and {len(names) - NAMED} more in skipped.json" if len(names) > NAMED else ""
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return escape(", ".join(names[:NAMED]) + more)
 
 

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,7 +22,8 @@ av = pytest.importorskip("av")
 pytest.importorskip("cv2")
 pytest.importorskip("safetensors")
 
-from mkconvlstm_cuda import classify, cli, clips  # noqa: E402
+from mkconvlstm_cuda import MKConvLSTM, classify, cli, clips  # noqa: E402
+from mkconvlstm_cuda.classifier_training import Settings, parse_kernels  # noqa: E402
 from mkconvlstm_cuda.clips import CachedClips, Recipe  # noqa: E402
 from mkconvlstm_cuda.encoders import SmallEncoder, encode, resample_flow  # noqa: E402
 from mkconvlstm_cuda.flow import optical_flow  # noqa: E402
@@ -89,7 +92,8 @@ def weights(output):
     return torch.load(output / classify.CHECKPOINT, weights_only=True)["model"]
 
 
-def test_cache_holds_what_the_encoder_and_the_flow_search_give(data, tmp_path):
+def test_cache_holds_what_the_encoder_and_the_flow_search_give(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(clips, "_AT_ONCE", 3)
     torch.manual_seed(0)
     encoder = SmallEncoder().eval()
     recipe = Recipe(CLIP, encoder, (4, 2, 2))
@@ -192,6 +196,11 @@ def test_no_video_at_all_is_an_error(data, tmp_path):
     with pytest.raises(ValueError, match="none of the 6 training videos can be used"):
         run(data, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "skipped.json").read_text())["skipped"]["corrupt"] == 9
+
+
+def test_divergence_stops_the_run(data, tmp_path):
+    with pytest.raises(FloatingPointError, match="training diverged: the loss of step"):
+        run(data, tmp_path / "out", learning_rate=1e38, epochs=8)
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.5, "masks": (3,)}, {"end_to_end": False}])
@@ -319,3 +328,46 @@ def test_command_line_says_what_is_wrong(data, tmp_path):
     result = CliRunner().invoke(cli.app, train_classifier((data[0], tmp_path / "nowhere"), tmp_path / "out", ""))
     assert result.exit_code == 2
     assert "there is no folder" in result.output
+
+
+def documented_commands() -> list[list[str]]:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "ucf101.md").read_text()
+    script = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ")
+    variables, commands = {}, []
+    for words in (shlex.split(line) for line in script.splitlines() if line):
+        words = [re.sub(r"\$(\w+)", lambda match: variables[match[1]], word) for word in words]
+        if match := re.fullmatch(r"(\w+)=(.*)", words[0]):
+            variables[match[1]] = match[2]
+        else:
+            assert words[0] == "mkconvlstm"
+            commands.append(words[1:])
+    return commands
+
+
+def test_documented_commands_are_the_papers_configurations(monkeypatch):
+    """Every command of docs/ucf101.md gets through to the training with settings that make a model."""
+    told = {}
+
+    def note(folder, split_folder, output, *, classes, **options):
+        names = Settings.__dataclass_fields__.keys() & options.keys()
+        told[str(output)] = (Settings(**{name: options[name] for name in names}), classes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classify, "run", note)
+    for command in documented_commands():
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 130, result.output
+    assert len(told) == 4 + 3 + 6
+    channels = {"table1": 512, "table5": 256, "table6": 256}
+    for output, (settings, classes) in told.items():
+        table = output.split("/")[0]
+        kernels = parse_kernels(settings.kernels)
+        layer = MKConvLSTM(8, kernels, mix=settings.mix, norm=settings.norm, device="meta")
+        assert layer.hidden_channels == channels[table]
+        assert (settings.clip.fps, settings.clip.start, settings.clip.num_frames) == (
+            (15, 25, 50) if table == "table1" else (24, 0, 64)
+        )
+        assert (settings.head, settings.norm) == (("lstm", None) if table == "table1" else ("conv", "batch"))
+        assert (None if classes is None else len(classes)) == (17 if table == "table5" else None)
+    assert [output for output, (settings, _) in told.items() if settings.end_to_end] == ["table6/end-to-end"]
+    assert [output for output, (settings, _) in told.items() if settings.masks] == ["table6/attention"]

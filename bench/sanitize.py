@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 HOST_TESTS = ("gate_step", "fourier", "plan", "sequence_plan", "exactness")
 # Parts of the names of our kernels, CUDA's and Triton's: torch's own, but for a few, are not looked at.
-KERNELS = ("forward_kernel", "backward_kernel", "gate_step_kernel", "pack_kernel", "copy_kernel", "sum_kernel")
+KERNELS = (
+    "forward_kernel", "backward_kernel", "finish_kernel", "gate_step_kernel", "pack_kernel", "copy_kernel", "sum_kernel",
+)  # fmt: skip
 
 TWO = (Kernel(3, 3, 9), Kernel(5, 5, 8))
 SMALL = Problem(dtype="bfloat16", batch=2, steps=3, channels=3, height=6, width=5, kernels=TWO, state=True)

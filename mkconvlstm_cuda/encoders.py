@@ -3,8 +3,8 @@
 import hashlib
 import importlib
 import itertools
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"encoder weights: cannot read {path}: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise ValueError(f"encoder weights: {path} is damaged, or holds more than tensors") from error
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"encoder weights: cannot read {path}: {error}") from error

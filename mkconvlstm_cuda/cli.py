@@ -51,13 +51,16 @@ def pick_device(name: str | None) -> torch.device:
 def info(
     plan: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="B,F,H,W", help="Also show the launch that the CUDA gate step takes for this problem."),
+        typer.Option(metavar="B,H,W,K:F_r,...", help="Only show how each family of kernels would run this recurrence."),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="dtype for --plan.")] = DType.float32,
 ) -> None:
     """Versions, devices, and which backends can run here or why not."""
     from . import dispatch, library
 
+    if plan:
+        console.print(show_plans(plan, getattr(torch, dtype.value)))
+        return
     software = Table("software", "version")
     software.add_row("python", platform.python_version())
     for package in ("mkconvlstm_cuda", "torch", "triton", "numpy"):
@@ -82,8 +85,6 @@ def info(
         libraries.add_row(kind, f"[yellow]no: {escape(reason)}[/yellow]" if reason else "[green]yes[/green]")
     for table in (software, devices, backends, libraries):
         console.print(table)
-    if plan:
-        console.print(show_plan(plan, dtype.value))
 
 
 def build_info() -> dict:
@@ -95,14 +96,16 @@ def build_info() -> dict:
     return _C.build_info()
 
 
-def show_plan(problem: str, dtype: str) -> str:
-    try:
-        from . import _C
+def show_plans(problem: str, dtype: torch.dtype) -> Table:
+    from . import plans
 
-        batch, channels, height, width = (int(n) for n in problem.split(","))
-        return repr(_C.plan(batch=batch, channels=channels, height=height, width=width, dtype=dtype))
-    except (ImportError, ValueError, TypeError) as error:
-        raise typer.BadParameter(f"--plan {problem!r}: wanted four sizes B,F,H,W ({error})") from error
+    table = Table("kernels", "launch", title=f"{problem}, {dtype}")
+    try:
+        for family, launch in plans.describe(problem, dtype):
+            table.add_row(family, escape(launch))
+    except (ImportError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    return table
 
 
 @app.command()

@@ -35,8 +35,18 @@ def test_info_says_why_a_library_is_not_loaded(monkeypatch):
 
 
 def test_info_shows_a_plan():
-    assert "vector_width" in run("info", "--plan", "10,256,14,14", "--dtype", "bfloat16")
-    assert "wanted four sizes" in run("info", "--plan", "10,256", code=2)
+    output = run("info", "--plan", "10,14,14,3:128,5:128", "--dtype", "bfloat16")
+    for family, says in (
+        ("triton", "block_m"),
+        ("sm90, forward", "tiles_m 16"),
+        ("sm80", "blocks_x"),
+        ("simt", "none"),
+    ):
+        assert says in output.split(family)[1].split("cuda")[0], family
+    assert "vector_width" in output.split("gate step")[1]
+    assert "none" in run("info", "--plan", "1,8,8,3:4", "--dtype", "float64").split("triton")[1]
+    for wrong in ("10,256", "1,8,8,4:4", "0,8,8,3:4", "1,8,8,3"):
+        assert "B,H,W,K:F_r" in run("info", "--plan", wrong, code=2)
 
 
 def test_check_passes_here():

@@ -32,6 +32,12 @@ LARGE = {
 }
 
 
+def passes(problem):
+    """How often ``problem`` goes through the recurrence: forward, again for recomputed gates, and backward."""
+    directions = 2 if problem.options.get("bidirectional") else 1
+    return directions * (3 if problem.options.get("recompute") else 2)
+
+
 def build(family, directory):
     """csrc/FAMILY for the CPU."""
     compiler = shutil.which("c++")

@@ -93,10 +93,16 @@ def test_runs_that_are_done_are_not_done_again(tmp_path):
     assert len(done) == 12
 
 
-def test_resume_refuses_other_settings(tmp_path):
-    experiments.run(fake([]), tmp_path, settings={"seeds": [0]})
-    with pytest.raises(ValueError, match="other settings: seeds"):
-        experiments.run(fake([]), tmp_path, resume=True)
+def test_resume_takes_more_seeds_and_refuses_other_settings(tmp_path):
+    done = []
+    experiments.run(fake(done), tmp_path, settings={"seeds": [0]})
+    told = experiments.run(fake(done), tmp_path, resume=True, settings={"seeds": [0, 5]})
+    assert done == [("{3,5}", 0), ("3,5", 0), ("{3,5}", 5), ("3,5", 5)]
+    assert len(told["runs"]) == 4
+    with pytest.raises(ValueError, match="other settings: steps"):
+        experiments.run(fake(done), tmp_path, resume=True, settings={"steps": 1})
+    with pytest.raises(ValueError, match="other settings: 3,5"):
+        experiments.run(fake(done), tmp_path, resume=True, settings={"variants": {"3,5": {"shift": 9.0}}})
 
 
 def test_processes_share_out_the_runs(tmp_path):

@@ -88,8 +88,8 @@ def run(
         what results.json holds; None on all processes but the first, where torchrun started several.
 
     Raises:
-        ValueError: `resume`, and the runs in the folder were made with other settings; or a setting is out of its
-            range.
+        ValueError: `resume`, and the runs in the folder were made with other settings (there may be more seeds or
+            variants now, or fewer); or a setting is out of its range.
         ImportError: matplotlib, safetensors, scikit-learn or scipy is missing.
     """
     _require_packages()
@@ -136,11 +136,15 @@ def run(
 
 
 def _prepare(folder: Path, settings: dict, resume: bool) -> None:
-    """An empty folder for runs, or the one that is there if it was made with equal settings."""
+    """An empty folder for runs, or the one that is there if its runs were made as these settings would make them."""
     kept, runs = folder / "settings.json", folder / "runs"
     if resume and kept.is_file():
         theirs = json.loads(kept.read_text())
-        differing = [k for k in sorted({*theirs, *settings}) if theirs.get(k) != settings.get(k)]
+        differing = [
+            k for k in sorted({*theirs, *settings} - {"seeds", "variants"}) if theirs.get(k) != settings.get(k)
+        ]
+        shared = theirs["variants"].keys() & settings["variants"].keys()
+        differing += sorted(v for v in shared if theirs["variants"][v] != settings["variants"][v])
         if differing:
             raise ValueError(f"resume: the runs in {folder} were made with other settings: {', '.join(differing)}")
     elif runs.exists():

@@ -30,7 +30,8 @@ the figures.
     torchrun --nproc-per-node 8 --no-python mkconvlstm experiment fig3-speed    # runs shared out to 8 GPUs
 
 Under torchrun the independent runs, one for each variant and seed, are shared out, and each is trained whole by one
-process.
+process. `--set 'seeds=[0,1,2,3,4,5,6,7]'` takes more seeds, with `--resume` in addition to those that are done; to go
+on until a claim comes out as hoped would not be a test.
 """
 
 
@@ -61,7 +62,7 @@ def origin(told: Mapping[str, Any]) -> str:
     """Where a results.json comes from."""
     where = told["environment"]
     workers = "" if where["processes"] == 1 else f", {where['processes']} processes"
-    small = " Sizes of `--quick`: smaller images and fewer channels than the paper's." if told["quick"] else ""
+    small = " Small, as with `--quick`: a full run may decide otherwise." if told["quick"] else ""
     return f"`{told['command']}` on {where['device']}{workers}, torch {where['torch']}.{small}"
 
 

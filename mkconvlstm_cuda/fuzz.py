@@ -28,6 +28,7 @@ MOST_MULTIPLICATIONS = {"cpu": 10**7, "cuda": 10**9}
 DRAWS = 32  # of other values, where an error is past its limit by so little that chance could have done it
 CHANCE = 10.0
 SHRINKING_SECONDS = 20.0
+MOST_FAILURES = 10  # after which a run ends
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,8 @@ def examine_structure(
                 continue
             if failure is not None:
                 usable = is_usable(device)
-                failures.append(shrink(failure, device) if usable else failure)
+                known = any((f.problem.backend, f.kind) == (backend, failure.kind) for f in failures)
+                failures.append(shrink(failure, device) if usable and not known else failure)
                 if not usable:
                     return count, failures
     return count, failures
@@ -315,7 +317,7 @@ def run(
     jobs: int = 1,
     on_progress: Callable[[Count], None] = lambda count: None,
 ) -> tuple[Count, list[Failure]]:
-    """``problems`` random problems on each of ``backends``; what failed, shrunk.
+    """``problems`` random problems on each of ``backends``, fewer if many fail; what failed, shrunk.
 
     The problems depend on ``seed``, ``dtypes`` and the kind of device alone. ``jobs``: processes.
     """
@@ -326,6 +328,8 @@ def run(
         total.refused += count.refused
         failures += failed
         on_progress(total)
+        if len(failures) >= MOST_FAILURES:
+            break
     return total, failures
 
 
@@ -338,8 +342,11 @@ def outcomes(problems, seed, device, backends, dtypes, jobs) -> Iterator[tuple[C
         for a in arguments:
             yield examine_structure(*a)
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    try:
         yield from pool.map(examine_structure, *zip(*arguments, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def default_jobs(device: torch.device) -> int:

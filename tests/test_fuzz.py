@@ -166,6 +166,13 @@ def test_processes_share_the_problems():
     assert alone == together
 
 
+def test_a_run_ends_where_much_fails(monkeypatch):
+    monkeypatch.setattr(fuzz, "MOST_FAILURES", 0)
+    count, failures = fuzz.run(200, 0, CPU, ["aten"], DTYPES)
+    assert count.problems == 1
+    assert not failures
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"stride": 3}', '{"kernels": 3}'])
 def test_a_problem_that_is_none_is_an_error(text):
     assert "problem" in run("check", "--device", "cpu", "--problem", text, code=2)

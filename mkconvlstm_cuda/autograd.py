@@ -25,9 +25,16 @@ from .convolution import (
 from .dispatch import BACKENDS
 
 
+def has_autocast(device: torch.device) -> bool:
+    """Whether there is autocast for ``device``; some ("meta") have none, and torch raises when asked for more."""
+    if torch.compiler.is_compiling():  # torch 2.11 cannot trace the question
+        return device.type != "meta"
+    return torch.amp.is_autocast_available(device.type)
+
+
 def no_autocast(device: torch.device):
     """A context without autocast, for code that has chosen its dtypes; backward may run inside the user's autocast."""
-    if torch.amp.is_autocast_available(device.type):
+    if has_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

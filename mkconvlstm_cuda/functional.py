@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops, reference, tracing
-from .autograd import SequenceFunction, SequenceOptions, last_states, preactivations
+from .autograd import SequenceFunction, SequenceOptions, has_autocast, last_states, preactivations
 from .convolution import BranchWeights, TransitionWeights, sequence_of, time_major, transition_forward
 from .forks import check_fork
 from .reference import accumulate_dtype
@@ -199,8 +199,8 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for ``device``; some devices ("meta") have none and torch raises when asked."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for ``device``."""
+    return has_autocast(device) and torch.is_autocast_enabled(device.type)
 
 
 def check_tensor(name: str, t, dims: tuple[str, ...], wanted: dict[str, int] | None = None) -> None:

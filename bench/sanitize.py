@@ -28,7 +28,8 @@ TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 HOST_TESTS = ("gate_step", "fourier", "plan", "sequence_plan", "exactness")
 # Parts of the names of our kernels, CUDA's and Triton's: torch's own, but for a few, are not looked at.
 KERNELS = (
-    "forward_kernel", "backward_kernel", "finish_kernel", "gate_step_kernel", "pack_kernel", "copy_kernel", "sum_kernel",
+    "forward_kernel", "backward_kernel", "finish_kernel", "gate_step_kernel",
+    "pack_kernel", "copy_kernel", "sum_kernel",
 )  # fmt: skip
 
 TWO = (Kernel(3, 3, 9), Kernel(5, 5, 8))

@@ -65,7 +65,8 @@ def describe(problem: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
         except ValueError as error:
             return f"none: {error}"
         named = [(name, getattr(made, name)) for name in SHOWN if hasattr(made, name)]
-        return ", ".join(f"{name} {value}" for name, value in named) or repr(made)
+        shown = [f"{name} {len(value) if isinstance(value, list) else value}" for name, value in named]
+        return ", ".join(shown) or repr(made)
 
     yield "triton", triton_plan(batch, height, width, kernels, dtype, multiprocessors, shared_memory)
     for direction, plan in (("forward", _C.plan_forward), ("backward", _C.plan_backward)):

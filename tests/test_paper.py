@@ -119,6 +119,13 @@ def test_fig14_is_judged_by_what_masks_prefer():
     assert verdicts(fig14_flow, masks) == ["reproduced", "not reproduced", *2 * ["reproduced"], "not reproduced"]
 
 
+def test_fig14_shows_digits_that_are_apart():
+    owner = torch.full((3, 8, 8), -1)
+    for clip, (row, column) in enumerate(((1, 1), (6, 7), (0, 7))):
+        owner[clip, 0, 0], owner[clip, row, column] = 0, 1
+    assert fig14_flow.farthest_apart(owner) == 1
+
+
 def test_table2_is_judged_by_times():
     def times(variant, seed):
         told = {"3x3": 2.0, "5x5": 3.0, "{3,5}": 2.5, "{3,5} + 1x1": 2.55 if "loop" in variant else 3.5}

@@ -132,12 +132,12 @@ def draw(settings: Settings, results: Results, folder: Path) -> list[Path]:
     paths = [figures.save(figure, folder / "saturation.png")]
 
     channels = results[variants[0]][0].tensors["maps"].shape[1]
-    figure, panels = figures.panels(len(variants), width=2.6, height=0.6 + 2.6 * channels / 16)
+    figure, panels = figures.panels(len(variants), width=2.6, height=0.9 + 2.6 * channels / 16)
     for axes, variant in zip(panels, variants, strict=True):
         maps = results[variant][0].tensors["maps"].numpy().copy()  # [4, F, H, W]
         maps[3] = (maps[3] + 1) / 2  # of (-1, 1)
         figures.show(axes, figures.tile(maps.reshape(-1, *maps.shape[2:]), 8), variant)
-    figure.supylabel("from above: input, forget, output gate, cell activation", fontsize=9)
+    figure.suptitle("rows, from above: input, forget and output gate, cell activation", fontsize=10)
     return [*paths, figures.save(figure, folder / "maps.png")]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..attention import FlowAttention
 from ..data import patchify
@@ -37,7 +38,8 @@ def measure(settings: Settings, variant: str, seed: int, device: torch.device, p
     clip = task.test.batch(range(settings["mask_clips"]))
     flow = patchify(task.scaled(clip.flow[:, :past]), patch).flatten(0, 1)  # [N, 2 * p * p, H / p, W / p]
     owner = patchify(clip.owner[:, :past].unsqueeze(2), patch).flatten(0, 1)  # [N, p * p, H / p, W / p]
-    tensors = {"frame": clip.frames[0, past - 1, 0]}
+    shown = farthest_apart(clip.owner[:, past - 1])
+    tensors = {"frame": clip.frames[shown, past - 1, 0]}
     with torch.no_grad():
         masks = model.encoder.cells[0].attention(flow)
     for size, mask in zip(kernels, masks, strict=True):
@@ -47,8 +49,19 @@ def measure(settings: Settings, variant: str, seed: int, device: torch.device, p
             numbers[f"{size} on {digit}"] = mask[on_digit].mean().item()
             by_channel[digit] = (mask * on_digit).sum(dim=(0, 2, 3)) / on_digit.sum(dim=(0, 2, 3))
         numbers[f"{size} channels for slow"] = (by_channel["slow"] > by_channel["fast"]).float().mean().item()
-        tensors[f"{size}"] = mask[past - 1]
+        tensors[f"{size}"] = mask[shown * past + past - 1]
     return Measured(numbers, tensors)
+
+
+def farthest_apart(owner: Tensor) -> int:
+    """The clip of `owner` [B, H, W] in which the middles of the two digits are farthest from each other."""
+    rows = torch.arange(owner.shape[1], device=owner.device)[:, None].expand_as(owner)
+    columns = torch.arange(owner.shape[2], device=owner.device).expand_as(owner)
+    middles = []
+    for d in range(len(DIGITS)):
+        size = (owner == d).sum(dim=(1, 2)).clamp(min=1)
+        middles.append(torch.stack([((owner == d) * at).sum(dim=(1, 2)) / size for at in (rows, columns)]))
+    return (middles[0] - middles[1]).norm(dim=0).argmax().item()
 
 
 def judge(settings: Settings, results: Results) -> list[Claim]:

@@ -39,7 +39,7 @@ def save(figure, path: Path) -> Path:
 
 
 def tile(maps: np.ndarray, columns: int) -> np.ndarray:
-    """[n, H, W] in rows of `columns`, with a seam of NaN, which `show` leaves white."""
+    """[n, H, W] in rows of `columns`, with a seam of NaN, to which `show` gives a colour of its own."""
     n, height, width = maps.shape
     rows = -(-n // columns)
     cells = np.full((rows * columns, height + 1, width + 1), np.nan)
@@ -50,7 +50,10 @@ def tile(maps: np.ndarray, columns: int) -> np.ndarray:
 
 def show(axes, image: np.ndarray, title: str, low: float = 0.0, high: float = 1.0) -> None:
     """An image in grey, `low` black and `high` white."""
-    axes.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+    from matplotlib import colormaps
+
+    cmap = colormaps["gray"].with_extremes(bad="lightsteelblue")
+    axes.imshow(image, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)

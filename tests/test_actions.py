@@ -116,7 +116,7 @@ def test_experiment_is_judged_by_accuracy():
             slow, fast = accuracy[variant]
             noise = seed / 100 * (len(variant) - 2)
             numbers = {"frame_accuracy": (slow + fast) / 2 + noise}
-            return {**numbers, "frame_accuracy, speed 2": slow, "frame_accuracy, speed 11": fast + noise}
+            return {**numbers, "frame_accuracy, speed 2": slow, "frame_accuracy, speed 12": fast + noise}
 
         results = {v: [Measured(run(v, seed)) for seed in settings["seeds"]] for v in settings["variants"]}
         return [claim.verdict for claim in table1_actions.judge(settings, Results(results))]

@@ -32,19 +32,19 @@ FULL = settings(
     seeds=[0, 1, 2, 3, 4],
     steps=600,
     batch_size=64,
-    test_clips=1024,
+    test_clips=960,
     learning_rate=3e-3,
     precision="bfloat16",
-    directions=8,
-    speeds=[2, 5, 8, 11],
-    num_frames=8,
+    directions=16,
+    speeds=[2, 4, 6, 8, 10, 12],
+    num_frames=6,
     image_size=64,
     digit_size=8,
     patch_size=4,
 )
 """Sizes in pixels, speeds in pixels per frame. The encoder cuts frames into patches, as section IV-C2 does: it sees no
 further than its cell, and what a digit's motion takes to be seen is left to the layer's kernels. Fast digits, of two
-cells each, have left their place by the next frame."""
+cells each, have left their place by the next frame. So many classes that no kernel tells them all apart."""
 
 QUICK = settings(
     8,

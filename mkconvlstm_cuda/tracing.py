@@ -19,7 +19,7 @@ _library = torch.library.Library("mkconvlstm", "FRAGMENT")
 
 _SHARED = (
     "Tensor x, Tensor? z, Tensor? h_0, Tensor? c_0, Tensor? peephole, Tensor? bias, Tensor[] given, Tensor? lengths,"
-    " bool[] present, ScalarType dtype, int[]? input_dilations, bool input_tanh, int[] dilations, bool tanh,"
+    " bool[] present, str dtype, int[]? input_dilations, bool input_tanh, int[] dilations, bool tanh,"
     " str output_peephole, bool recompute, str backend"
 )
 _library.define(f"layer({_SHARED}, bool keep) -> (Tensor h, Tensor h_n, Tensor c_n, Tensor c, Tensor[] gates)")
@@ -69,7 +69,8 @@ def _layer(
     Args:
         x, z, h_0, c_0, peephole, bias, lengths: as :meth:`SequenceFunction.forward` takes them.
         given, present: its tensors without those that are None, and which those are.
-        dtype, ..., backend: the fields of :class:`SequenceOptions`; ``backend`` may be "auto".
+        dtype, ..., backend: the fields of :class:`SequenceOptions`; ``backend`` may be "auto", and ``dtype`` is a name,
+            since compiled packages on torch 2.11 hand a dtype over as another.
         keep: return what backward needs.
 
     Returns:
@@ -78,6 +79,7 @@ def _layer(
         MOST_PIECES but the first; zeros where there are fewer pieces.
     """
     tensors, w_x, w_h = transitions_of(given, present, input_dilations, input_tanh, dilations, tanh)
+    dtype = getattr(torch, dtype)
     options = options_of(x, w_x, w_h, dtype, peephole, output_peephole, recompute, backend)
     z = None if z is None else z.clone()  # it is overwritten
     with torch.no_grad(), no_autocast(x.device):
@@ -101,6 +103,7 @@ def _layer_fake(
 ):  # fmt: skip
     _, _, w_h = transitions_of(given, present, input_dilations, input_tanh, dilations, tanh)
     batch, steps, _, height, width = x.shape
+    dtype = getattr(torch, dtype)
     hidden, acc = sum(w_h.sizes), accumulate_dtype(dtype)
     h = x.new_empty((batch, steps, hidden, height, width), dtype=dtype)
     h_n, c_n = (x.new_empty((batch, hidden, height, width), dtype=d) for d in (dtype, acc))
@@ -122,6 +125,7 @@ def _layer_backward(
 ):  # fmt: skip
     """The gradients of those of x, z, h_0, c_0, peephole, bias and ``given`` that ``needs`` names, each contiguous."""
     tensors, w_x, w_h = transitions_of(given, present, input_dilations, input_tanh, dilations, tanh)
+    dtype = getattr(torch, dtype)
     saved = Saved()
     saved.options = options_of(x, w_x, w_h, dtype, peephole, output_peephole, recompute, backend)
     if recompute:
@@ -199,6 +203,7 @@ def layer(
     recompute = recompute and z is None  # z cannot be computed again in there
     h, h_n, c_n, _, _ = torch.ops.mkconvlstm.layer(
         x, z, h_0, c_0, peephole, bias, given, lengths,
-        [t is not None for t in tensors], dtype, *input_form, *hidden.form, output_peephole, recompute, backend, keep,
+        [t is not None for t in tensors], str(dtype).removeprefix("torch."), *input_form, *hidden.form, output_peephole,
+        recompute, backend, keep,
     )  # fmt: skip
     return h, h_n, c_n

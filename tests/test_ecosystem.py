@@ -107,7 +107,7 @@ def test_traced_operation_passes_opcheck():
     weights = [torch.randn(12, c, 3, 3, requires_grad=True) for c in (2, 3)]
     present = [True, *[False] * 5] * 2
     for recompute in (False, True):
-        options = (present, torch.float32, [1, 1], False, [1, 1], False, "previous", recompute, "aten", True)
+        options = (present, "float32", [1, 1], False, [1, 1], False, "previous", recompute, "aten", True)
         args = (x, None, h_0, h_0.detach().cos(), None, torch.randn(12), weights, None, *options)
         torch.library.opcheck(torch.ops.mkconvlstm.layer, args)
 

@@ -68,14 +68,18 @@ def test_spans_are_even_and_complete():
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_pieces_take_no_more_memory_than_they_may():
-    for shape, hidden, count in (
-        ((1, 20, 3, 8, 8), 16, 1),
-        ((10, 20, 512, 14, 14), 256, 5),
-        ((8, 3, 64, 96, 96), 64, 3),
-    ):
+def test_the_last_of_many_pieces_is_twice_a_share():
+    cases = (
+        ((1, 20, 3, 8, 8), 16, [20]),
+        ((10, 20, 512, 14, 14), 256, [3, 3, 3, 3, 8]),
+        ((8, 4, 8, 96, 96), 64, [1, 1, 2]),
+        ((8, 2, 64, 96, 96), 64, [1, 1]),
+    )
+    for shape, hidden, wanted in cases:
         x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        assert len(backward.pieces(x, hidden, torch.bfloat16)) == count
+        pieces = backward.pieces(x, hidden, torch.bfloat16)
+        assert [piece.stop - piece.start for piece in pieces] == wanted
+        assert [t for piece in pieces for t in range(piece.start, piece.stop)] == list(range(shape[1]))
 
 
 @pytest.mark.parametrize("backend", backends_here())

@@ -12,17 +12,9 @@ from torch.autograd import Function
 
 from . import layout, ops, reference
 from .backward import LayerBackward, images_of, pieces
-from .convolution import (
-    TransitionWeights,
-    channels_last,
-    join_gates,
-    repart,
-    sequence_of,
-    time_major,
-    transition_forward,
-    transition_parts,
-)
+from .convolution import TransitionWeights, channels_last, sequence_of, time_major, transition_forward, transition_parts
 from .dispatch import BACKENDS
+from .interleaving import join_gates, repart
 
 
 def has_autocast(device: torch.device) -> bool:
@@ -131,6 +123,8 @@ def forward_in_pieces(
         h_0, c_0 = h[:, -1], c[:, -1].clone() if options.recompute and keep else c[:, -1]
         hs.append(h)
         cs.append(c_0)
+        if options.recompute:
+            z = c = None  # before the next piece is made
     h = hs[0] if len(hs) == 1 else torch.cat(hs, 1)
     return (cs[:-1], h, None, c_n) if options.recompute else (z, h, c, c_n)
 

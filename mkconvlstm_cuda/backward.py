@@ -14,15 +14,8 @@ import torch
 from torch import Tensor
 
 from . import aten, layout, ops
-from .convolution import (
-    TransitionWeights,
-    input_gradient,
-    premix,
-    repart,
-    sequence_of,
-    time_major,
-    weight_gradients,
-)
+from .convolution import TransitionWeights, input_gradient, premix, sequence_of, time_major, weight_gradients
+from .interleaving import repart
 
 SPAN_BYTES = 32 << 20  # that a span may always take
 MOST_PIECES = 5

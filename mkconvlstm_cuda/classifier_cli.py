@@ -72,8 +72,10 @@ def train_classifier(
     -m mkconvlstm_cuda.cli train-classifier ...`.
     """
     from . import classify
+    from .cli import pick_device
     from .video import ClipSettings
 
+    device = None if device is None else str(pick_device(device))
     try:
         metrics = classify.run(
             folder,
@@ -108,7 +110,8 @@ def train_classifier(
             precision=precision,
         )
     except KeyboardInterrupt:
-        console.print(f"stopped; continue with the same command and --resume (checkpoint in {escape(str(output))})")
+        how = " and --resume" if (output / classify.CHECKPOINT).is_file() else "; what was decoded is in the cache"
+        console.print(f"stopped; continue with the same command{how} ({escape(str(output))})")
         raise typer.Exit(130) from None
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         console.print(f"[red]{escape(str(error))}[/red]")

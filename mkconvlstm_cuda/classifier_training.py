@@ -169,6 +169,7 @@ class Trainer:
         """Loss (nats) and the two accuracies of `classifier.accuracies`, over all clips and by class; None where there
         is no clip to judge by."""
         self.model.eval()
+        self.group.share_buffers(self.model)
         sums = torch.zeros(len(self.classes), 4, dtype=torch.float64)
         mine = range(self.group.rank, len(clips), self.group.world)
         for batch in self.load(clips, list(mine), workers):

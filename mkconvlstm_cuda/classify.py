@@ -88,6 +88,8 @@ def run(
     _require_packages(settings)
     started, output, console = time.perf_counter(), Path(output), console or Console()
     split = read_split(folder, split_folder, number, classes)
+    if resume and not (output / CHECKPOINT).is_file():
+        raise ValueError(f"resume: there is no checkpoint at {output / CHECKPOINT}")
     with join(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))) as group:
         if settings.precision == "auto":
             fast = has_fast_bfloat16(group.device)

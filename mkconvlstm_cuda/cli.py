@@ -78,7 +78,7 @@ def info(
     backends = Table("backend", "available")
     for backend in dispatch.BACKENDS.values():
         reason = backend.available()
-        backends.add_row(backend.name, f"[yellow]no: {reason}[/yellow]" if reason else "[green]yes[/green]")
+        backends.add_row(backend.name, f"[yellow]no: {escape(reason)}[/yellow]" if reason else "[green]yes[/green]")
     libraries = Table("compiled gate step", "loaded", caption="without the CPU's, aten takes torch operations there")
     for kind in ("cpu", "cuda"):
         reason = library.load(kind)
@@ -112,14 +112,18 @@ def show_plans(problem: str, dtype: torch.dtype) -> Table:
 def check(
     device: DeviceOption = None,
     dtype: Annotated[list[DType], typer.Option(help="May be given several times; all by default.")] = list(DType),  # noqa: B006
-    fuzz: Annotated[Optional[int], typer.Option(help="In place of that: so many random problems.")] = None,  # noqa: UP045
+    fuzz: Annotated[Optional[int], typer.Option(min=1, help="In place of that: so many random problems.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="Of the random problems.")] = 0,
-    jobs: Annotated[Optional[int], typer.Option(help="Processes, with --fuzz.")] = None,  # noqa: UP045
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Processes, with --fuzz.")] = None,  # noqa: UP045
     problem: Annotated[Optional[str], typer.Option(help="In place of that: one problem, as --fuzz prints it.")] = None,  # noqa: UP045
 ) -> None:
     """Gradcheck and agreement with float64 of every available backend; exit code 1 if anything fails."""
     from . import check as checks
 
+    if fuzz is not None and problem is not None:
+        raise typer.BadParameter("--fuzz draws problems, --problem is one: got both")
+    if pick_device(device).type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device {device!r}: wanted cpu or cuda")
     if fuzz is not None or problem is not None:
         failed = fuzz_check(pick_device(device), [d.value for d in dtype], fuzz, seed, jobs, problem)
         raise typer.Exit(1 if failed else 0)
@@ -143,7 +147,7 @@ def check(
     for r in results:
         if r.passed is False:
             numbers = "" if r.error is None else f": error {r.error:.1e}, limit {r.limit:.1e}"
-            console.print(f"[red]failed[/red]: {r.backend}, {r.dtype}, {r.check}{numbers} {r.note}")
+            console.print(f"[red]failed[/red]: {r.backend}, {r.dtype}, {escape(f'{r.check}{numbers} {r.note}')}")
     failed = sum(r.passed is False for r in results)
     console.print(
         f"{sum(r.passed is True for r in results)} passed, {failed} failed, "
@@ -179,6 +183,8 @@ def fuzz_check(
         f"{count.problems} problems, {count.compared} runs of {', '.join(fuzz.served_backends())}, {count.refused} "
         f"refused, {len(failures)} failed; {seconds:.0f} s, {count.problems / seconds:.1f} problems a second"
     )
+    if not count.compared:
+        raise typer.BadParameter("nothing was compared: every problem was refused")
     return len(failures)
 
 

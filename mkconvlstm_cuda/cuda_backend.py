@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import aten, compiled, library, simt, sm80, sm90, triton_backend
-from .convolution import TransitionWeights, split_gates
+from .convolution import TransitionWeights
+from .interleaving import split_gates
 
 
 def available() -> str | None:

@@ -45,13 +45,16 @@ def experiment(
         typer.echo("\n".join(experiments.EXPERIMENTS))
         return
     if page is not None:
-        page.with_suffix(".md").write_text(text(page, experiments.EXPERIMENTS.values()))
-        console.print(f"wrote {page.with_suffix('.md')}")
+        if not page.is_dir():
+            raise typer.BadParameter(f"--page: there is no folder {page}")
+        target = page.resolve().with_name(page.resolve().name + ".md")
+        target.write_text(text(page, experiments.EXPERIMENTS.values()))
+        console.print(f"wrote {target.name}")
         return
     if name not in experiments.EXPERIMENTS:
-        raise typer.BadParameter(f"no experiment {name}; there are {', '.join(experiments.EXPERIMENTS)}")
+        raise typer.BadParameter(f"NAME: got {name or 'none'}, wanted one of {', '.join(experiments.EXPERIMENTS)}")
     chosen = experiments.EXPERIMENTS[name]
-    own = dict(parse_setting(text, chosen.full) for text in settings or ())
+    own = dict(parse_setting(each, chosen.full) for each in settings or ())
     try:
         results = experiments.run(
             chosen,
@@ -65,7 +68,7 @@ def experiment(
     except KeyboardInterrupt:
         console.print(f"stopped; continue with the same command and --resume: what is done is in {output / name}")
         raise typer.Exit(130) from None
-    except (ValueError, ImportError, FloatingPointError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         console.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(2) from None
     if results is None:  # another process tells

@@ -133,7 +133,8 @@ def sequence(
         h_0, c_0: [B, F, H, W] in ``dtype`` and its accumulate dtype; None for zeros.
         norm: of z_t + U(h_{t-1}), [B, 4F, H, W]; only with the reference.
         lengths: [B] int64 on x's device, each in 1..T, or None.
-        recompute: keep h and c alone for backward.
+        recompute: keep h, and c of a few steps, for backward. What comes back to steps past ``lengths`` is lost: their
+            h must not be used.
 
     Returns:
         h [B, T, F, H, W], and the last h and c [B, F, H, W] of each sequence.

@@ -83,11 +83,15 @@ def triton_plan(
     batch: int, height: int, width: int, kernels: Kernels, dtype: torch.dtype, multiprocessors: int, shared_memory: int
 ) -> str:
     """The configurations of the Triton kernels, forward and backward."""
+    from . import triton_backend
     from .convolution import tensor_cores_allowed
     from .triton_kernels import plan
 
     if dtype == torch.float64:
         return "none for float64"
+    hidden = sum(channels for _, channels in kernels)
+    if reason := triton_backend.too_large(batch, height * width, hidden):
+        return f"none: {reason}"
     branches = tuple(plan.Kernel(channels, size, size) for size, channels in kernels)
     problem = plan.Problem(batch, height, width, branches, dtype.itemsize, tensor_cores_allowed(dtype))
     return "; ".join(

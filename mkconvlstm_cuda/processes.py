@@ -27,6 +27,12 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """The first process's buffers, such as a batch norm's statistics, to all."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def gather(self, value: Any) -> list:
         """What every process has, in the order of their ranks."""
         if self.world == 1:

@@ -28,6 +28,8 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.devic
         state = torch.load(path, map_location=device, weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"resume: {path} is no checkpoint: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), str):
+        raise ValueError(f"resume: {path} is no checkpoint of this program: it holds no settings")
     theirs, ours = json.loads(state["settings"]), json.loads(json.dumps(settings))
     differing = [f"{k} = {theirs.get(k)}, not {ours[k]}" for k in ours if theirs.get(k) != ours[k]]
     if differing:

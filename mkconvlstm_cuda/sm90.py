@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .convolution import TransitionWeights, split_gates, whole_bias
+from .convolution import TransitionWeights, whole_bias
+from .interleaving import split_gates
 
 # With no more hidden channels backward multiplies 64 columns at a time, which keeps the tensor cores waiting for its
 # other operand: measured, Triton's kernels are as fast then.

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import as_pair
-from .convolution import BranchWeights, TransitionWeights, interleave
+from .convolution import BranchWeights, TransitionWeights
 from .functional import check_kernel_size
 from .halo import Halo
+from .interleaving import interleave
 
 NORMS = (None, "batch", "group", "layer", "layer_pixel")
 MIXES = (None, "gate", "full")

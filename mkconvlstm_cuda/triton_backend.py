@@ -63,8 +63,12 @@ def supports(problem) -> str | None:
         return f"its hidden transition has {problem.live_parts}, which only 'reference' computes"
     if problem.bottlenecks:
         return "its hidden transition has 1x1 bottlenecks"
-    pixels = problem.height * problem.width
-    if max(problem.batch * pixels, 4 * problem.hidden_channels * pixels) >= 2**31:
+    return too_large(problem.batch, problem.height * problem.width, problem.hidden_channels)
+
+
+def too_large(batch: int, pixels: int, hidden_channels: int) -> str | None:
+    """Why the kernels cannot count a step's ``pixels`` an image; None if they can."""
+    if max(batch * pixels, 4 * hidden_channels * pixels) >= 2**31:
         return "an image, or all pixels of a step, would need more than 31 bits to count"
     return None
 

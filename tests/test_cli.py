@@ -105,3 +105,27 @@ def test_forecast_writes_everything_and_resumes(tmp_path):
 
 def test_a_device_that_is_not_there_is_an_error():
     assert "device 'cuda:99'" in run("check", "--device", "cuda:99", code=2)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("check --fuzz 0", "1"),
+        ("check --fuzz 2 --jobs 0", "1"),
+        ("check --fuzz 2 --problem {}", "got both"),
+        ("check --device meta", "wanted cpu or cuda"),
+        ("experiment", "wanted one of fig3-speed"),
+        ("experiment --page no/such/folder", "there is no folder"),
+        ("experiment table3-parameters --quick --set seeds=3", "seeds: got 3"),
+        ("experiment table3-parameters --quick --set variants={}", "variants: got {}"),
+        ("train-classifier . --split . --device nope", "device 'nope'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in " ".join(run(*args.split(), code=2).split())
+
+
+def test_a_plan_is_none_where_a_backend_refuses():
+    output = run("info", "--plan", "1,4096,4096,3:64", "--dtype", "bfloat16")
+    assert "31 bits" in output.split("triton")[1].split("cuda")[0]

@@ -54,17 +54,19 @@ class Touch:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("damage", ["runs code", "cut off", "random bytes", "empty"])
+@pytest.mark.parametrize("damage", ["runs code", "cut off", "random bytes", "empty", "another's"])
 def test_a_checkpoint_runs_nothing(damage, tmp_path):
     checkpoint = tmp_path / forecast.CHECKPOINT
     torch.save({"settings": "{}", "model": Touch(tmp_path / "touched")}, checkpoint)
-    if damage != "runs code":
+    if damage == "another's":
+        torch.save({"epoch": 3}, checkpoint)
+    elif damage != "runs code":
         size = {"cut off": 100, "random bytes": 0, "empty": 0}[damage]
         noise = random.Random(0).randbytes(500) if damage == "random bytes" else b""
         checkpoint.write_bytes(checkpoint.read_bytes()[:size] + noise)
     arguments = ("forecast", "--output", str(tmp_path), "--channels", "2", "--device", "cpu")
     output = run(*arguments, "--steps", "1", "--resume", code=2)
-    assert re.search(rf"resume: \S*{checkpoint.name} is no checkpoint:", output.replace("\n", ""))
+    assert re.search(rf"resume: \S*{checkpoint.name} is no checkpoint", output.replace("\n", ""))
     assert not (tmp_path / "touched").exists()
 
 

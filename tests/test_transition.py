@@ -10,12 +10,11 @@ from mkconvlstm_cuda.convolution import (
     TransitionWeights,
     branch_forward,
     channels_last,
-    deinterleave,
     input_gradient,
-    interleave,
     transition_parts,
 )
 from mkconvlstm_cuda.cpu_convolution import PackedConvolution, runs_in_onednn
+from mkconvlstm_cuda.interleaving import deinterleave, interleave
 from mkconvlstm_cuda.transition import parse_branches
 
 # The paper's Table III, 512 input channels: input-to-hidden weights and biases.

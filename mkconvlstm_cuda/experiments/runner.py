@@ -103,6 +103,7 @@ def run(
         command += ["--set", f"{key}={json.dumps(value, separators=(',', ':'))}"]
     settings = {**(experiment.quick if quick else experiment.full), **(settings or {})}
     settings = json.loads(json.dumps(settings))  # as they will be read again
+    _check(settings)
     folder = Path(output) / experiment.name
     if team.rank == 0:
         _prepare(folder, settings, resume)
@@ -135,6 +136,15 @@ def run(
     return told
 
 
+def _check(settings: dict) -> None:
+    """Seeds and variants are what every experiment iterates over. Raises ValueError if they are not."""
+    seeds, variants = settings["seeds"], settings["variants"]
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"seeds: got {seeds!r}, wanted a list of at least one integer")
+    if not isinstance(variants, dict) or not variants:
+        raise ValueError(f"variants: got {variants!r}, wanted at least one, by name")
+
+
 def _prepare(folder: Path, settings: dict, resume: bool) -> None:
     """An empty folder for runs, or the one that is there if its runs were made as these settings would make them."""
     kept, runs = folder / "settings.json", folder / "runs"
@@ -147,6 +157,8 @@ def _prepare(folder: Path, settings: dict, resume: bool) -> None:
         differing += sorted(v for v in shared if theirs["variants"][v] != settings["variants"][v])
         if differing:
             raise ValueError(f"resume: the runs in {folder} were made with other settings: {', '.join(differing)}")
+    elif resume and runs.exists():
+        raise ValueError(f"resume: {kept} is missing, so nothing says with which settings the runs were made")
     elif runs.exists():
         shutil.rmtree(runs)
     runs.mkdir(parents=True, exist_ok=True)

@@ -64,6 +64,7 @@ def errors(problem, group, device):
     for name, t in by_rows.items():
         found[name] = t - wanted_by_rows[name][..., mine, :]
     for name, t in summed.items():
+        t = t.contiguous()  # NCCL takes no other
         dist.all_reduce(t, group=group)
         found[name] = t - wanted_summed[name]
     return {name: float(t.abs().max()) if t.numel() else 0.0 for name, t in found.items()}

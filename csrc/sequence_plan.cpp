@@ -172,13 +172,15 @@ void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, in
   for (int box = 0; box < program.box_count; ++box) program.units[last_use[box]].flags |= kReleaseBox;
 }
 
-// The order of products as a consumer follows it, cut where it finishes a group.
+// The order of products as a consumer follows it, cut where it finishes a group, and after each box where there is room
+// for one alone.
 void fill_runs(const std::vector<Step>& steps, int consumer, ForwardProgram& program) {
   int& count = program.run_count[consumer];
   count = 0;
   int unit = 0;
   const auto add = [&](Columns columns, int units, int actions) {
-    if (actions == 0 && count > 0 && program.runs[consumer][count - 1].columns == columns) {
+    const bool same = count > 0 && program.runs[consumer][count - 1].columns == columns && program.box_slots > 1;
+    if (actions == 0 && same) {
       program.runs[consumer][count - 1].count += units;
     } else {
       if (count == kMaxRuns) refuse("too many hidden channels");

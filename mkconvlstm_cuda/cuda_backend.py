@@ -57,10 +57,11 @@ def forward(
 
 
 def backward(gates: list[Tensor], h: Tensor, c: Tensor, hidden: TransitionWeights, h_0, c_0, peephole, *args):
-    """See :func:`aten.backward`. Triton's kernels run where Hopper's only ran forward, or are no faster."""
+    """See :func:`aten.backward`. Triton's kernels run where Hopper's only ran forward, or are slower."""
     serves = [sm90.refusal(gates, hidden, peephole, direction) is None for direction in ("backward", "forward")]
     has_triton = any(serves) and triton_backend.available() is None
-    if serves[0] and not (has_triton and sum(hidden.sizes) <= sm90.NARROW):
+    batch, _, _, *image = gates[0].shape
+    if serves[0] and (not has_triton or sm90.fills(batch, *image, sum(hidden.sizes), gates[0].device)):
         _, dh, dc_n, lengths = args
         return sm90.backward(gates, c, hidden, h_0, c_0, dh, dc_n, lengths)
     args = (h_0, c_0, peephole, *args)

@@ -11,10 +11,6 @@ from torch import Tensor
 from .convolution import TransitionWeights, whole_bias
 from .interleaving import split_gates
 
-# With no more hidden channels backward multiplies 64 columns at a time, which keeps the tensor cores waiting for its
-# other operand: measured, Triton's kernels are as fast then.
-NARROW = 64
-
 
 def refusal(
     z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | None, direction: str = "forward"
@@ -39,19 +35,23 @@ def refusal(
 
 
 def fastest(problem) -> bool:
-    """Whether the kernels compute ``problem`` (:class:`dispatch.Problem`), and have enough tiles for all of the GPU.
-
-    Measured on an H100, a step of 256 tiles or more takes two thirds of the time that Triton's kernels take; one of 32,
-    half as long again.
-    """
+    """Whether the kernels compute ``problem`` (:class:`dispatch.Problem`), and have enough tiles for all of the GPU."""
     if problem.dtype not in (torch.float16, torch.bfloat16) or not problem.plain or problem.batch == 0:
         return False
-    limits = device_limits(problem.device)
-    if isinstance(limits, str):
-        return False
-    tiles = -(-problem.batch * problem.height * problem.width // 128) * -(-problem.hidden_channels // 16)
     shape = (problem.batch, problem.height, problem.width)
-    return tiles >= limits[0] and plan_refusal("forward", *shape, problem.kernels, *limits) is None
+    if not fills(*shape, problem.hidden_channels, problem.device):
+        return False
+    return plan_refusal("forward", *shape, problem.kernels, *device_limits(problem.device)) is None
+
+
+def fills(batch: int, height: int, width: int, channels: int, device: torch.device) -> bool:
+    """Whether the kernels run on ``device``, and a step has a tile for each of its multiprocessors, forward.
+
+    Measured on an H100, a step of 256 tiles or more takes two thirds of the time that Triton's kernels take, forward,
+    and three quarters, backward; one of 32 takes half as long again, and an eighth more.
+    """
+    limits = device_limits(device)
+    return not isinstance(limits, str) and -(-batch * height * width // 128) * -(-channels // 16) >= limits[0]
 
 
 @functools.cache

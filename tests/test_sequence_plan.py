@@ -227,27 +227,28 @@ def test_refusal_of_operands(change, reason, direction, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("channels", "served", "triton", "wanted"),
+    ("batch", "served", "triton", "wanted"),
     [
-        (72, ("forward", "backward"), True, "sm90"),
-        (72, ("forward", "backward"), False, "sm90"),
-        (64, ("forward", "backward"), True, "triton"),
-        (64, ("forward", "backward"), False, "sm90"),
-        (72, ("forward",), True, "triton"),
-        (72, ("backward",), True, "sm90"),
-        (72, (), True, "aten"),
-        (72, ("forward",), False, "aten"),
+        (27, ("forward", "backward"), True, "sm90"),
+        (26, ("forward", "backward"), True, "triton"),  # too few tiles for all multiprocessors
+        (26, ("forward", "backward"), False, "sm90"),
+        (27, ("forward",), True, "triton"),
+        (27, ("backward",), True, "sm90"),
+        (27, (), True, "aten"),
+        (27, ("forward",), False, "aten"),
     ],
 )
-def test_who_runs_backward(channels, served, triton, wanted, monkeypatch):
+def test_who_runs_backward(batch, served, triton, wanted, monkeypatch):
+    monkeypatch.setattr(sm90, "device_limits", lambda _: (132, 232448))
     monkeypatch.setattr(sm90, "refusal", lambda *args: None if args[3] in served else "no")
     monkeypatch.setattr(triton_backend, "available", lambda: None if triton else "no")
     for family in (sm80, simt):
         monkeypatch.setattr(family, "refusal", lambda *_: "no")
     for module, name in ((sm90, "sm90"), (triton_backend, "triton"), (aten, "aten")):
         monkeypatch.setattr(module, "backward", lambda *_, name=name, **__: name)
-    hidden = TransitionWeights((BranchWeights(torch.zeros((4 * channels, channels, 3, 3))),))
-    assert cuda_backend.backward([], None, None, hidden, None, None, None, "previous", None, None, None) == wanted
+    hidden = TransitionWeights((BranchWeights(torch.zeros((4 * 72, 72, 3, 3))),))
+    gates = [torch.zeros(batch, 1, 4 * 72, 8, 16)]
+    assert cuda_backend.backward(gates, None, None, hidden, None, None, None, "previous", None, None, None) == wanted
 
 
 def test_auto_takes_the_kernels_where_they_are_fastest(monkeypatch):

@@ -79,6 +79,14 @@ __device__ __forceinline__ void publish_sums(const Backward& params) {
   });
 }
 
+// Units of a piece from this one on that are multiplied in one run.
+__device__ __forceinline__ int run_length(const Program& program, int unit, int end) {
+  if (program.box_slots > 1) return end - unit;
+  int last = unit;
+  while (last + 1 < end && (program.units[last].flags & kReleaseBox) == 0) ++last;
+  return last + 1 - unit;
+}
+
 // Two warpgroups: products.
 template <typename T>
 __device__ __forceinline__ void consume(const Backward& params, const SharedMemory& shared) {
@@ -102,14 +110,17 @@ __device__ __forceinline__ void consume(const Backward& params, const SharedMemo
     const Piece piece = program.pieces[item.piece];
     float4* partial = params.partial + int64_t{item.index} * 2 * program.chunks * kConsumerThreads +
                       (threadIdx.x - 32 * kProducerWarps);
+    for (int unit = piece.first_unit, end = unit + piece.units, count; unit < end; unit += count) {
+      count = run_length(program, unit, end);
+      if (program.columns == Columns::kBoth) {
+        multiply_run<Columns::kBoth, T>(program, shared, lane, boxes, unit, count, weights, first, second);
+      } else {
+        multiply_run<Columns::kSecond, T>(program, shared, lane, boxes, unit, count, weights, first, second);
+      }
+    }
     if (program.columns == Columns::kBoth) {
-      multiply_run<Columns::kBoth, T>(program, shared, lane, boxes, piece.first_unit, piece.units, weights, first,
-                                      second);
       store_sums(first, partial);
       partial += 8 * kConsumerThreads;
-    } else {
-      multiply_run<Columns::kSecond, T>(program, shared, lane, boxes, piece.first_unit, piece.units, weights, first,
-                                        second);
     }
     store_sums(second, partial);
     boxes = boxes.at(program, piece.boxes);
@@ -300,10 +311,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       watch(shared.finished, kLongestTile * (100 + params.steps * rounds));
     }
   } else if (warp < kProducerWarps + 4 * kConsumers) {
-    take_registers<128>();
+    take_registers<136>();
     consume<T>(params, shared);
     arrive_if(threadIdx.x % 32 == 0, shared.finished);
   } else {
+    give_registers<88>();
     finish_items<T>(params, shared);
   }
 }

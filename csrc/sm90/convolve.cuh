@@ -129,10 +129,14 @@ struct BoxRing {
   }
 };
 
-// 4 fragments of 64 rows x 16 channels.
-__device__ __forceinline__ void load_fragments(uint32_t (&fragments)[4][4], uint32_t address) {
+// The fragments of half a unit, 2 of 64 rows x 16 channels.
+template <int kHalf>
+__device__ __forceinline__ void load_half(uint32_t (&fragments)[4][4], uint32_t address) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) load_matrices(fragments[k], address ^ (k << 5));
+  for (int k = 2 * kHalf; k < 2 * kHalf + 2; ++k) {
+    pin(fragments[k]);
+    load_matrices(fragments[k], address ^ (k << 5));
+  }
 }
 
 // Half of a unit's products: 32 channels of its box.
@@ -152,9 +156,10 @@ __device__ __forceinline__ void multiply_half(float (&first)[32], float (&second
   commit_products();
 }
 
-// All products of a run. The next unit's fragments are fetched between the two halves of a unit: the unit before has
-// left their registers by then, and a half remains to be multiplied while they are on their way. When this returns, all
-// sums are complete.
+// All products of a run. Two halves of units are always on their way through the tensor cores: when a half has been
+// issued, the one two before it has left its registers, which fetch the fragments of the half two after it. So a box is
+// left only after the next one has been entered: where shared memory holds a single one, a run must end with it. When
+// this returns, all sums are complete.
 template <Columns kColumns, typename T>
 __device__ __forceinline__ void multiply_run(const Program& program, const SharedMemory& shared,
                                              const FragmentRow& lane, const BoxRing& boxes, int unit, int count,
@@ -163,7 +168,7 @@ __device__ __forceinline__ void multiply_run(const Program& program, const Share
   const bool elected = threadIdx.x % 32 == 0;
   uint32_t even[4][4], odd[4][4];
   uint32_t box = 0, box_empty = 0;
-  bool leaves = false;    // the fragments fetched last are the last ones of their box
+  bool leaves = false;    // the unit located last is the last one of its box
   uint32_t previous = 0;  // the stage before, to be given back
 
   // Where the lane fetches its part of a unit: the tile's rows, moved by the tap. Neighbours outside the image come
@@ -184,32 +189,38 @@ __device__ __forceinline__ void multiply_run(const Program& program, const Share
     const uint32_t address = inside ? box + row * kRowBytes : shared.zeros + (row & 7) * kRowBytes;
     return address + ((lane.half ^ (row & 7)) << 4);
   };
-  const auto open_stage = [&] { wait_watched(shared.stage_full + 8 * ring.index, ring.phase); };
-  const auto next_stage = [&] {
-    previous = shared.stage_empty + 8 * ring.index;
-    ring.advance(program.stages);
-    open_stage();
-  };
 
-  load_fragments(even, locate(unit));
-  open_stage();
+  uint32_t address = locate(unit);
+  load_half<0>(even, address);
+  load_half<1>(even, address);
+  wait_watched(shared.stage_full + 8 * ring.index, ring.phase);
   int done = 0;
   // kOdd: the second unit of a pair. Returns whether it was the last one.
   const auto multiply_unit = [&](auto odd_one, const uint32_t (&fragments)[4][4], uint32_t (&next)[4][4]) {
     constexpr bool kOdd = decltype(odd_one)::value;
+    constexpr bool kOpens = !(kTwoTaps && kOdd), kCloses = !kTwoTaps || kOdd;  // its stage
     const uint32_t weights =
         weights_descriptor(shared.stages + ring.index * kStageBytes + (kTwoTaps && kOdd ? kGroupWeightBytes : 0));
     multiply_half<kColumns, 0, T>(first, second, fragments, weights);
-    if (leaves) arrive_if(elected, box_empty);
-    ++done;
-    const uint32_t address = done < count ? locate(unit + done) : 0;
-    wait_products<1>();
-    pin(next);
-    if (!(kTwoTaps && kOdd) && done > 1) arrive_if(elected, previous);
-    if (done < count) load_fragments(next, address);
+    const uint32_t left = leaves ? box_empty : 0;
+    const bool more = ++done < count;
+    if (more) address = locate(unit + done);
+    wait_products<2>();
+    if (more) load_half<0>(next, address);
     multiply_half<kColumns, 1, T>(first, second, fragments, weights);
-    if (done == count) return true;
-    if (!kTwoTaps || kOdd) next_stage();
+    arrive_if(elected && left != 0, left);  // all of the unit's fragments are in registers by now
+    if (!more) return true;
+    const uint32_t open = shared.stage_empty + 8 * ring.index;
+    bool ready = true;
+    if (kCloses) {
+      ring.advance(program.stages);
+      ready = is_complete(shared.stage_full + 8 * ring.index, ring.phase);
+    }
+    wait_products<2>();
+    if (kOpens) arrive_if(elected && previous != 0, previous);
+    previous = kCloses ? open : 0;
+    load_half<1>(next, address);
+    if (!ready) wait_watched(shared.stage_full + 8 * ring.index, ring.phase);
     return false;
   };
 #pragma unroll 1
@@ -218,6 +229,7 @@ __device__ __forceinline__ void multiply_run(const Program& program, const Share
   wait_products<0>();
   pin(first);
   pin(second);
+  arrive_if(elected && previous != 0, previous);
   arrive_if(elected, shared.stage_empty + 8 * ring.index);
   ring.advance(program.stages);
 }

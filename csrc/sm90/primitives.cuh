@@ -56,6 +56,21 @@ __device__ __forceinline__ void wait_watched(uint32_t barrier, uint32_t phase) {
       : "memory");
 }
 
+// Whether a wait would end at once.
+__device__ __forceinline__ bool is_complete(uint32_t barrier, uint32_t phase) {
+  uint32_t complete;
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, complete;\n"
+      "}\n"
+      : "=r"(complete)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return complete != 0;
+}
+
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t phase) {
   asm volatile(
       "{\n"
@@ -85,17 +100,8 @@ __device__ __forceinline__ void watch(uint32_t barrier, uint64_t nanoseconds) {
     return time;
   };
   const uint64_t begin = now();
-  for (uint32_t ready = 0; ready == 0;) {
+  while (!is_complete(barrier, 0)) {
     __nanosleep(1000);
-    asm volatile(
-        "{\n"
-        ".reg .pred ready;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 ready, [%1], 0;\n"
-        "selp.u32 %0, 1, 0, ready;\n"
-        "}\n"
-        : "=r"(ready)
-        : "r"(barrier)
-        : "memory");
     if (now() - begin > nanoseconds) __trap();
   }
 }

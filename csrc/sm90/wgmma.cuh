@@ -67,9 +67,9 @@ __device__ __forceinline__ void pin(float (&registers)[32]) {
 // Computed here and not later.
 __device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
 
-__device__ __forceinline__ void pin(uint32_t (&fragments)[4][4]) {
+__device__ __forceinline__ void pin(uint32_t (&fragment)[4]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(fragments[i / 4][i % 4])::"memory");
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragment[i])::"memory");
 }
 
 }  // namespace mkconvlstm::sm90

@@ -33,7 +33,7 @@ FULL = {
     "in_channels": 512,
     "channels": 256,
     "image_size": 14,
-    "iterations": 100,
+    "iterations": 20,
 }
 QUICK = {
     **FULL,

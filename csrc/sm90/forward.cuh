@@ -17,8 +17,10 @@ constexpr int kThreads = 32 * (kProducerWarps + 4 * kConsumers);
 constexpr int kTileChannels = kGroupColumns / 4;
 constexpr int kPublishThreads = 128 * kConsumers + 32;
 
-// Named barriers: 1 + group.
+// Named barriers: 1 + group, and one after each tile without products, which is all that keeps consumers from being a
+// tile ahead of one another and of what publishes their tiles.
 __device__ __forceinline__ int finished_barrier(int group) { return 1 + group; }
+constexpr int kTileBarrier = 3;
 
 struct Tile {
   int step, m, n;
@@ -207,6 +209,7 @@ __device__ __forceinline__ void publish_tiles(const Forward& params) {
       for (int group = 0; group < 2; ++group) {
         sync_threads(finished_barrier(group), kPublishThreads);
         if (threadIdx.x % 32 == 0) publish(params.counters + group * params.tiles_m + tile % params.tiles_m);
+        if (group == 0 && step == 0 && !params.has_h_0) sync_threads(kTileBarrier, kPublishThreads);
       }
     }
   }
@@ -231,8 +234,7 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
     const bool has_products = step > 0 || params.has_h_0;
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile{step, index % params.tiles_m, index / params.tiles_m};
-      if (!has_products) sync_threads(3, 128 * kConsumers);  // nothing else keeps one from overtaking the other
-      if (index != placed) {                                 // many blocks have one tile alone
+      if (index != placed) {  // many blocks have one tile alone
         placed = index;
         gates.place(tile.m);
         lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,
@@ -262,7 +264,11 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
           multiply_run<Columns::kSecond, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
         }
       }
-      if (has_products) boxes = boxes.at(program, program.box_count);
+      if (has_products) {
+        boxes = boxes.at(program, program.box_count);
+      } else {
+        sync_threads(kTileBarrier, kPublishThreads);
+      }
 #pragma unroll
       for (int i = 0; i < 32; ++i) finished[i] = second[i];
       before = tile;

@@ -151,3 +151,63 @@ def test_interpreted_empty_batch_and_folded_norm():
         inputs = problem.inputs(ours, torch.float32)
         for a, b in zip(problem.call(ours, **inputs), problem.call(torchs, **inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def bounded(monkeypatch):
+    """In the interpreter, loads and stores fail outside of the tensors that the kernel was given."""
+    import numpy
+    from triton.runtime import interpreter
+
+    ranges, native, take_arguments = [], interpreter._interpreter, interpreter.GridExecutor._init_args_hst
+
+    def ranges_of(argument):
+        if isinstance(argument, tuple):
+            for one in argument:
+                yield from ranges_of(one)
+        elif hasattr(argument, "block_shape"):
+            yield from ranges_of(argument.base)
+        elif isinstance(argument, torch.Tensor):
+            extent = sum((n - 1) * s for n, s in zip(argument.shape, argument.stride(), strict=True)) + 1
+            yield argument.data_ptr(), argument.data_ptr() + (extent if argument.numel() else 0) * argument.itemsize
+
+    def arguments(*args):
+        on_host, named = take_arguments(*args)
+        ranges[:] = ranges_of((*on_host, *named.values()))
+        return on_host, named
+
+    def check(pointers, mask, size):
+        at = pointers[mask].astype(numpy.int64)
+        inside = numpy.zeros(at.shape, bool)
+        for first, end in ranges:
+            inside |= (first <= at) & (at + size <= end)
+        assert inside.all(), "an access outside of all tensors"
+
+    class Memory:
+        @staticmethod
+        def load(pointers, mask, other, dtype):
+            check(pointers, mask, numpy.dtype(dtype).itemsize)
+            return native.load(pointers, mask, other, dtype)
+
+        @staticmethod
+        def store(pointers, values, mask):
+            check(pointers, mask, values.dtype.itemsize)
+            return native.store(pointers, values, mask)
+
+        def __getattr__(self, name):
+            return getattr(native, name)
+
+    monkeypatch.setattr(interpreter, "_interpreter", Memory())
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", arguments)
+
+
+@interpreted
+@pytest.mark.usefixtures("bounded")
+@pytest.mark.parametrize("tiles", SMALL_TILES)
+@pytest.mark.parametrize("mix", [None, "gate", "full"])
+def test_interpreted_kernels_stay_within_their_tensors(mix, tiles, monkeypatch):
+    """Of the one tile, 5 channels after 9 others are finished, 16 columns at a time."""
+    set_tiles(monkeypatch, SMALL_TILES[tiles])
+    Problem({1: 9, 3: 5}, {"mix": mix, "mix_activation": "tanh" if mix else None}, steps=2, channels=1).run(
+        "triton", torch.float32
+    )

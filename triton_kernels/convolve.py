@@ -96,6 +96,12 @@ def partial_pointers(
 
 
 @triton.jit
+def are_inside(column_first, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr):
+    """1 for each of so many columns of a tile that it has, 0 for those after its last; [1, COLUMNS]."""
+    return (column_first + tl.arange(0, COLUMNS) < BLOCK_N).to(tl.int32)[None, :]
+
+
+@triton.jit
 def load_four(pointers, stride, count):
     """What lies at ``pointers`` and 1, 2 and 3 strides on, zeros from ``count`` on; from L2."""
     there = count + tl.zeros(pointers.shape, dtype=tl.int32)
@@ -122,14 +128,15 @@ def sum_gates(
     """A tile's gates, [ROWS, CHANNELS] each: the sums of its shares, always in the same order."""
     GATE: tl.constexpr = BLOCK_M * BLOCK_N if APART else BLOCK_N // 4
     SHARE: tl.constexpr = BLOCK_M * BLOCK_N * (4 if APART else 1)
+    four = 4 * are_inside(column_first, BLOCK_N, CHANNELS) if APART else 4
     pointers = partial_pointers(partial_ptr, slot, row_first, column_first, BLOCK_M, BLOCK_N, ROWS, CHANNELS)
     u_i = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     u_f = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     u_g = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     u_o = tl.zeros((ROWS, CHANNELS), dtype=tl.float32)
     for s in range(0, slots, 2):
-        i, f, g, o = load_four(pointers, GATE, 4)
-        next_i, next_f, next_g, next_o = load_four(pointers + SHARE, GATE, 4 * (slots - s - 1))
+        i, f, g, o = load_four(pointers, GATE, four)
+        next_i, next_f, next_g, next_o = load_four(pointers + SHARE, GATE, four * (slots - s - 1))
         tl.debug_barrier()  # keeps the compiler from delaying each load until its use
         u_i += i + next_i
         u_f += f + next_f
@@ -153,10 +160,11 @@ def sum_slots(
 ):
     """A piece of a tile, [ROWS, COLUMNS]: the sum of its slots, always in the same order."""
     pointers = partial_pointers(partial_ptr, slot, row_first, column_first, BLOCK_M, BLOCK_N, ROWS, COLUMNS)
+    inside = are_inside(column_first, BLOCK_N, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for s in range(0, slots, 8):
-        a, b, c, d = load_four(pointers, BLOCK_M * BLOCK_N, slots - s)
-        e, f, g, h = load_four(pointers + 4 * BLOCK_M * BLOCK_N, BLOCK_M * BLOCK_N, slots - s - 4)
+        a, b, c, d = load_four(pointers, BLOCK_M * BLOCK_N, (slots - s) * inside)
+        e, f, g, h = load_four(pointers + 4 * BLOCK_M * BLOCK_N, BLOCK_M * BLOCK_N, (slots - s - 4) * inside)
         tl.debug_barrier()  # keeps the compiler from delaying each load until its use
         total += (a + b + (c + d)) + (e + f + (g + h))
         pointers += 8 * BLOCK_M * BLOCK_N

@@ -4,6 +4,7 @@ import copy
 import gc
 import multiprocessing
 import threading
+import time
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from mkconvlstm_cuda import MKConvLSTM
 from mkconvlstm_cuda.forks import has_gnu_openmp
 
 PROBLEM = Problem({3: 4, 5: 4}, {"peephole": "channel"}, batch=2, steps=4, channels=3, size=(9, 8))
-LARGER = Problem({3: 16, 5: 16}, batch=8, steps=8, channels=16, size=(48, 48))
+# Its h takes more than 10 MiB, from which on a tensor's memory is reserved for it alone.
+LARGER = Problem({3: 16, 5: 16}, batch=16, steps=8, channels=16, size=(48, 48))
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 on_gpu = [p for p in places() if p.values[1] == "cuda" and p.values[0] != "reference"]
 
@@ -145,49 +147,80 @@ def test_a_child_process_computes_the_same_or_says_why_not(backend, device, meth
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("backend", "device"), on_gpu)
 def test_running_out_of_memory_leaves_nothing_behind(backend, device, recompute):
-    """In forward and in backward, at twelve limits; after each the smaller problem works."""
-    total = torch.cuda.get_device_properties(0).total_memory
+    """In forward and in backward, each with six shares of what it needs; after each the smaller problem works."""
     small, large = (p.layer(backend, torch.bfloat16, device, recompute=recompute) for p in (PROBLEM, LARGER))
     of_small, of_large = (p.inputs(m, torch.bfloat16, device) for p, m in ((PROBLEM, small), (LARGER, large)))
     for _ in range(2):
         train(PROBLEM, small, of_small)
         train(LARGER, large, of_large)
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    train(LARGER, large, of_large)
-    needed = torch.cuda.max_memory_reserved() - reserved
-    failed = {"forward": 0, "backward": 0, "neither": 0}
-    try:
-        for twelfth in range(12):
-            torch.cuda.empty_cache()
-            limit = torch.cuda.memory_reserved() + needed * twelfth // 12
-            torch.cuda.set_per_process_memory_fraction(limit / total)
-            stage = run_out(LARGER, large, of_large)
-            failed[stage] += 1
-            gc.collect()
-            assert torch.cuda.memory_allocated() == before, stage
-            torch.cuda.set_per_process_memory_fraction(1.0)
+    needed = needed_bytes(LARGER, large, of_large)
+    before = torch.cuda.memory_allocated()
+    for stage in needed:
+        ran_out = []
+        for sixth in range(6):
+            ran_out.append(runs_out(LARGER, large, of_large, stage, needed[stage] * sixth // 6))
+            assert settled_memory(before) == before, (stage, sixth)
             train(PROBLEM, small, of_small)
-            assert torch.cuda.memory_allocated() == before
+            assert settled_memory(before) == before, (stage, sixth)
+        assert ran_out[0], (stage, needed)
+    train(LARGER, large, of_large)
+
+
+def gradients(layer, inputs, outputs):
+    return torch.autograd.grad([y.float().sum() for y in outputs], (*inputs.values(), *layer.parameters()))
+
+
+def needed_bytes(problem, layer, inputs):
+    """What forward and backward reserve beside what is in use when they begin."""
+
+    def begin():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_reserved()
+
+    reserved = begin()
+    outputs = problem.call(layer, **inputs)
+    forward = torch.cuda.max_memory_reserved() - reserved
+    reserved = begin()
+    gradients(layer, inputs, outputs)
+    return {"forward": forward, "backward": torch.cuda.max_memory_reserved() - reserved}
+
+
+def runs_out(problem, layer, inputs, stage, more):
+    """Whether memory is too small where only ``more`` bytes may be reserved from the beginning of ``stage`` on."""
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def limit():
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
+
+    try:
+        if stage == "forward":
+            limit()
+        outputs = problem.call(layer, **inputs)
+        if stage == "backward":
+            limit()
+        gradients(layer, inputs, outputs)
+    except torch.OutOfMemoryError:
+        return True
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert failed["forward"]
-    assert failed["backward"]
-    train(LARGER, large, of_large)
+    return False
 
 
-def run_out(problem, layer, inputs):
-    """Where memory was too small for forward and backward: "forward", "backward" or "neither"."""
-    stage = "forward"
-    try:
-        outputs = problem.call(layer, **inputs)
-        stage = "backward"
-        torch.autograd.grad([y.float().sum() for y in outputs], (*inputs.values(), *layer.parameters()))
-    except torch.OutOfMemoryError:
-        return stage
-    return "neither"
+def settled_memory(wanted):
+    """Allocated bytes, once they are ``wanted`` or ten seconds have passed.
+
+    Autograd's thread lets go of what a failed backward held only after the error has reached the caller.
+    """
+    end = time.monotonic() + 10
+    while True:
+        gc.collect()
+        allocated = torch.cuda.memory_allocated()
+        if allocated == wanted or time.monotonic() > end:
+            return allocated
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

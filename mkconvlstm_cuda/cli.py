@@ -21,6 +21,7 @@ app = typer.Typer(help="Multi-kernel convolutional LSTM for PyTorch.", no_args_i
 app.add_typer(classifier_cli.app)
 app.add_typer(experiment_cli.app)
 console = Console()
+PROGRESS_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 class DType(str, Enum):
@@ -169,10 +170,20 @@ def fuzz_check(
             count, failures = fuzz.Count(1, 1), [] if failure is None else [failure]
         else:
             with console.status("drawing") as status:
+                latest = start
+
+                def report(count: fuzz.Count) -> None:
+                    nonlocal latest
+                    now = time.perf_counter()
+                    line = f"{count.problems} of {problems} problems, {count.failed} failed, {now - start:.0f} s"
+                    status.update(line)
+                    if not console.is_terminal and now - latest > PROGRESS_SECONDS:
+                        console.print(line)
+                        latest = now
+
                 count, failures = fuzz.run(
-                    problems, seed, device, fuzz.served_backends(), dtypes, jobs or fuzz.default_jobs(device),
-                    lambda c: status.update(f"{c.problems} of {problems} problems"),
-                )  # fmt: skip
+                    problems, seed, device, fuzz.served_backends(), dtypes, jobs or fuzz.default_jobs(device), report
+                )
     except (ValueError, dispatch.Refusal) as error:
         raise typer.BadParameter(str(error)) from error
     for failure in failures:

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,12 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from . import dispatch
 from .check import FACTOR, ROUNDING, TF32_ROUNDING
-from .fuzz_problems import OUTPUTS, Problem, draw_call, draw_structure, simpler
+from .fuzz_problems import OUTPUTS, Problem, draw_call, draw_structure, draw_variant, simpler
 from .guards import guarded
 from .layer import MKConvLSTM
 
-# A structure is what a kernel is compiled for: on GPUs, where that takes seconds, many calls share one.
-CALLS_PER_STRUCTURE = {"cpu": 1, "cuda": 20}
+# On GPUs, where kernels are compiled for a structure and its variants and that takes seconds, many calls share them.
+VARIANTS_PER_STRUCTURE = {"cpu": 1, "cuda": 5}
+CALLS_PER_VARIANT = {"cpu": 1, "cuda": 20}
+FEWEST_STRUCTURES = 20  # as far as there are problems for them
 MOST_MULTIPLICATIONS = {"cpu": 10**7, "cuda": 10**9}
 DRAWS = 32  # of other values, where an error is past its limit by so little that chance could have done it
 CHANCE = 10.0
@@ -51,23 +53,34 @@ class Count:
     problems: int = 0
     compared: int = 0  # backend by backend
     refused: int = 0
+    failed: int = 0
+
+
+@lru_cache(maxsize=4)
+def state_of(p: Problem, device: torch.device) -> dict[str, Tensor]:
+    """The state of the problem's layer: values that are representable in the problem's dtype, in float64."""
+    generator = torch.Generator(device).manual_seed(p.seed)
+    state = {}
+    for name, t in MKConvLSTM(**p.options(), device="meta").state_dict().items():
+        new = torch.zeros(t.shape, dtype=torch.float64 if t.is_floating_point() else t.dtype, device=device)
+        if name.endswith("running_var"):
+            new.uniform_(0.5, 2, generator=generator)
+        elif t.is_floating_point() and not name.endswith("running_mean"):
+            new.normal_(0, 1 if t.dim() < 3 else max(1, t[0].numel()) ** -0.5, generator=generator)
+        state[name] = new.to(getattr(torch, p.dtype)).double() if t.is_floating_point() else new
+    return state
 
 
 def build(p: Problem, backend: str, device: torch.device, exact: bool) -> MKConvLSTM:
-    """The problem's layer; its values are representable in the problem's dtype, also in float64 (``exact``)."""
-    layer = MKConvLSTM(**p.options(), backend=backend, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(p.seed)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            scale = 1 if parameter.dim() < 3 else max(1, parameter[0].numel()) ** -0.5
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
-            parameter.copy_(values.to(getattr(torch, p.dtype)))
-        for name, buffer in layer.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2, generator=generator)
+    """The problem's layer, in its dtype or (``exact``) in float64."""
+    dtype = torch.float64 if exact else getattr(torch, p.dtype)
+    layer = MKConvLSTM(**p.options(), backend=backend, device="meta", dtype=dtype)
+    state = state_of(replace(p, backend="reference"), device)
+    own = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in state.items()}
+    layer.load_state_dict(own, assign=True)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(not any(word in name for word in p.frozen))
-    return layer.to(device, torch.float64 if exact else getattr(torch, p.dtype)).train(p.training)
+    return layer.train(p.training)
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:
@@ -87,10 +100,10 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
     return t.contiguous()
 
 
-def values(p: Problem, shape: Sequence[int], layout: str, number: int, dtype: torch.dtype) -> Tensor:
-    """Random values on the CPU, representable in ``dtype``, in float64; equal along the first dimension if expanded."""
-    generator = torch.Generator().manual_seed(p.seed + number)
-    t = torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype).double()
+def values(p: Problem, shape: Sequence[int], layout: str, number: int, dtype: torch.dtype, device) -> Tensor:
+    """Random values, representable in ``dtype``, in float64; equal along the first dimension if expanded."""
+    generator = torch.Generator(device).manual_seed(p.seed + number)
+    t = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=device).to(dtype).double()
     return t[:1].expand(t.shape) if layout == "expanded" and t.shape[0] else t
 
 
@@ -106,7 +119,7 @@ def make_inputs(p: Problem, layer: MKConvLSTM, device: torch.device, exact: bool
     made = {}
     for number, (name, shape) in enumerate(shapes.items(), 1):
         layout = p.state_layout if name in ("h_0", "c_0") else p.x_layout
-        t = values(p, shape, layout, number, dtype).to(device, torch.float64 if exact else dtype)
+        t = values(p, shape, layout, number, dtype, device).to(torch.float64 if exact else dtype)
         made[name] = lay_out(t, layout).requires_grad_(p.gradients and name not in p.frozen)
     return made
 
@@ -124,7 +137,7 @@ def call(p: Problem, layer: MKConvLSTM, inputs: dict[str, Tensor], exact: bool) 
     if p.gradients and wanted and ys:
         dys = []
         for number, y in enumerate(ys, 5):
-            dy = values(p, y.shape, p.gradient_layout, number, torch.bfloat16).to(device, y.dtype)
+            dy = values(p, y.shape, p.gradient_layout, number, torch.bfloat16, device).to(y.dtype)
             dys.append(lay_out(dy, p.gradient_layout))
         tensors = tuple(wanted.values())
         if p.twice:
@@ -171,12 +184,26 @@ def torch_results(p: Problem, device: torch.device) -> dict[str, Tensor]:
     return results
 
 
-def distance(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Relative error (Frobenius norm) of all together; infinity where it is not finite."""
-    error = sum(float((r.double() - e).square().sum()) for r, e in zip(results, exact, strict=True)) ** 0.5
-    norm = sum(float(e.square().sum()) for e in exact) ** 0.5
-    relative = error / norm if norm else 0.0 if error == 0 else float("inf")
-    return relative if relative == relative else float("inf")
+def distances(
+    results: Sequence[dict[str, Tensor]], exact: Sequence[dict[str, Tensor]], names: Sequence[str]
+) -> dict[str, float]:
+    """Relative error (Frobenius norm) of each tensor over all draws; infinity where it is not finite."""
+    squares = []
+    for n in names:
+        of_error = sum((r[n].double() - e[n]).square().sum() for r, e in zip(results, exact, strict=True))
+        squares.append(torch.stack((of_error, sum(e[n].square().sum() for e in exact))))
+    relative = {}
+    for name, (error, norm) in zip(names, torch.stack(squares).sqrt().tolist(), strict=True):  # one transfer
+        ratio = error / norm if norm else 0.0 if error == 0 else float("inf")
+        relative[name] = ratio if ratio == ratio else float("inf")
+    return relative
+
+
+@lru_cache(maxsize=4)
+def torch_distances(p: Problem, device: torch.device) -> dict[str, float]:
+    """How far torch's own arithmetic is from float64."""
+    own = torch_results(p, device)
+    return distances([own], [exact_results(p, device)], list(own))
 
 
 def compute(p: Problem, device: torch.device) -> dict[str, Tensor] | Failure:
@@ -199,8 +226,10 @@ def compute(p: Problem, device: torch.device) -> dict[str, Tensor] | Failure:
     if broken:
         return Failure(p, "guards", f"memory outside of {broken} zones' tensors was written")
     after = inputs | layer.state_dict()
-    if changed := [n for n, t in before.items() if "running" not in n and not torch.equal(t, after[n].detach())]:
-        return Failure(p, "changed", f"{', '.join(changed)} changed")
+    names = [n for n in before if "running" not in n]
+    changed = torch.stack([(before[n] != after[n].detach()).any() for n in names]).tolist()  # one transfer
+    if any(changed):
+        return Failure(p, "changed", f"{', '.join(n for n, c in zip(names, changed, strict=True) if c)} changed")
     return results
 
 
@@ -229,14 +258,14 @@ def examine(p: Problem, device: torch.device) -> Failure | None:
         if t.shape != own[name].shape or t.dtype != own[name].dtype:
             wanted = f"{list(own[name].shape)} {own[name].dtype}"
             return Failure(p, "form", f"{name}: got {list(t.shape)} {t.dtype}, wanted {wanted}")
-    doubtful = {}
-    for name, t in results.items():
-        error = distance([t], [exact[name]])
-        most = limit(p, distance([own[name]], [exact[name]]), device)
+    doubtful = []
+    torchs = torch_distances(neutral, device)
+    for name, error in distances([results], [exact], list(results)).items():
+        most = limit(p, torchs[name], device)
         if error > CHANCE * most:
             return Failure(p, "wrong", f"{name}: relative error {error:.1e}, limit {most:.1e}")
         if error > most:
-            doubtful[name] = error
+            doubtful.append(name)
     if not doubtful:
         return None
     draws = []
@@ -247,9 +276,10 @@ def examine(p: Problem, device: torch.device) -> Failure | None:
             return ours
         neutral = replace(again, backend="reference")
         draws.append((ours, exact_results(neutral, device), torch_results(neutral, device)))
-    for name in doubtful:
-        ours, exact, own = ([d[n][name] for d in draws] for n in range(3))
-        error, most = distance(ours, exact), limit(p, distance(own, exact), device)
+    ours, exact, own = zip(*draws, strict=True)
+    torchs = distances(own, exact, doubtful)
+    for name, error in distances(ours, exact, doubtful).items():
+        most = limit(p, torchs[name], device)
         if error > most:
             return Failure(p, "wrong", f"{name}: relative error over {DRAWS} draws {error:.1e}, limit {most:.1e}")
     return None
@@ -283,14 +313,16 @@ def is_usable(device: torch.device) -> bool:
     return True
 
 
-def examine_structure(
-    number: int, calls: int, seed: int, device: torch.device, backends: Sequence[str], dtypes: Sequence[str]
+def examine_variant(
+    share: tuple[int, int, int], seed: int, device: torch.device, backends: Sequence[str], dtypes: Sequence[str]
 ) -> tuple[Count, list[Failure]]:
-    """``calls`` problems of structure ``number``."""
-    structure = draw_structure(random.Random(f"{seed}/{number}"), dtypes)
+    """A share of :func:`shares`: so many calls of one variant of a structure."""
+    structure, variant, calls = share
+    name, most = f"{seed}/{structure}", MOST_MULTIPLICATIONS[device.type]
+    drawn = draw_variant(random.Random(f"{name}/{variant}"), draw_structure(random.Random(name), dtypes), most)
     count, failures = Count(), []
     for k in range(calls):
-        p = draw_call(random.Random(f"{seed}/{number}/{k}"), structure, MOST_MULTIPLICATIONS[device.type])
+        p = draw_call(random.Random(f"{name}/{variant}/{k}"), drawn, most)
         count.problems += 1
         for backend in backends:
             try:
@@ -327,24 +359,33 @@ def run(
         total.compared += count.compared
         total.refused += count.refused
         failures += failed
+        total.failed = len(failures)
         on_progress(total)
         if len(failures) >= MOST_FAILURES:
             break
     return total, failures
 
 
+def shares(problems: int, kind: str) -> list[tuple[int, int, int]]:
+    """``problems`` as (structure, variant, calls), the first variant of every structure first."""
+    calls = CALLS_PER_VARIANT[kind]
+    count = -(-problems // calls)
+    structures = max(-(-count // VARIANTS_PER_STRUCTURE[kind]), min(count, FEWEST_STRUCTURES))
+    return [(n % structures, n // structures, min(calls, problems - n * calls)) for n in range(count)]
+
+
 def outcomes(problems, seed, device, backends, dtypes, jobs) -> Iterator[tuple[Count, list[Failure]]]:
-    """:func:`examine_structure` for each structure of :func:`run`."""
-    each = CALLS_PER_STRUCTURE[device.type]
-    sizes = [min(each, problems - first) for first in range(0, problems, each)]
-    arguments = [(n, size, seed, device, tuple(backends), tuple(dtypes)) for n, size in enumerate(sizes)]
+    """:func:`examine_variant` for all of :func:`run`, as they come."""
+    common = (seed, device, tuple(backends), tuple(dtypes))
     if jobs == 1:
-        for a in arguments:
-            yield examine_structure(*a)
+        for share in shares(problems, device.type):
+            yield examine_variant(share, *common)
         return
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
     try:
-        yield from pool.map(examine_structure, *zip(*arguments, strict=True))
+        running = [pool.submit(examine_variant, share, *common) for share in shares(problems, device.type)]
+        for done in as_completed(running):
+            yield done.result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -153,7 +153,7 @@ def draw_kernels(rng: random.Random, total: int | None = None) -> tuple[Kernel, 
 
 
 def draw_structure(rng: random.Random, dtypes: Sequence[str]) -> Problem:
-    """What a compiled kernel may depend on: options, channels, image size, dtype."""
+    """The layer, and what every compiled kernel depends on: options, channels, image size, dtype."""
     kernels = draw_kernels(rng)
     mix = rng.choice(("gate", "full")) if rng.random() < 0.15 else None
     peephole = rng.choice((None, None, None, "channel", "pixel"))
@@ -180,34 +180,52 @@ def draw_structure(rng: random.Random, dtypes: Sequence[str]) -> Problem:
     )
 
 
-def draw_call(rng: random.Random, p: Problem, most: int) -> Problem:
-    """A call of the layer that ``p`` describes, of at most ``most`` multiplications."""
+def draw_variant(rng: random.Random, p: Problem, most: int) -> Problem:
+    """What a compiled kernel may depend on beside the structure ``p``, for calls of at most ``most`` multiplications.
+
+    ``lengths`` that are not None say that its calls have some.
+    """
     outputs = tuple(name for name in OUTPUTS if rng.random() < 0.6) or (rng.choice(OUTPUTS),)
-    wanting = rng.choice((1.0, 1.0, 0.5))
     p = replace(
         p,
         batch=0 if rng.random() < 0.03 else draw_size(rng, 33),
         steps=draw_size(rng, 40),
-        num_layers=rng.choice((1, 1, 1, 1, 1, 2, 3)),
-        bidirectional=rng.random() < 0.12,
-        batch_first=rng.random() < 0.85,
         recompute=rng.random() < 0.25,
-        training=rng.random() < 0.3,
-        x_layout=rng.choice(LAYOUTS),
-        state_layout=rng.choice(LAYOUTS),
         gradient_layout=rng.choice(LAYOUTS),
         gradients=rng.random() < 0.9,
         outputs=outputs if rng.random() < 0.5 else OUTPUTS,
+        lengths=() if rng.random() < 0.25 else None,
+    )
+    while cost(p) > most and max(p.batch, p.steps) > 1:
+        name = max(("batch", "steps"), key=lambda n: getattr(p, n))
+        p = replace(p, **{name: getattr(p, name) // 2})
+    while cost(p) > most and max(p.height, p.width) > 1:
+        p = replace(p, height=-(-p.height // 2), width=-(-p.width // 2))
+    return p
+
+
+def draw_call(rng: random.Random, p: Problem, most: int) -> Problem:
+    """A call of the layer and the kernels that the variant ``p`` describes, of at most ``most`` multiplications."""
+    wanting = rng.choice((1.0, 1.0, 0.5))
+    p = replace(
+        p,
+        steps=draw_size(rng, 40),
+        num_layers=rng.choice((1, 1, 1, 1, 1, 2, 3)),
+        bidirectional=rng.random() < 0.12,
+        batch_first=rng.random() < 0.85,
+        training=rng.random() < 0.3,
+        x_layout=rng.choice(LAYOUTS),
+        state_layout=rng.choice(LAYOUTS),
         frozen=tuple(name for name in (*INPUTS, *PARAMETERS) if rng.random() > wanting),
         twice=rng.random() < 0.1,
         seed=rng.randrange(2**31),
     )
-    while cost(p) > most and max(p.batch, p.steps, p.num_layers) > 1:
-        name = max(("num_layers", "batch", "steps"), key=lambda n: getattr(p, n))
+    while cost(p) > most and max(p.steps, p.num_layers) > 1:
+        name = max(("num_layers", "steps"), key=lambda n: getattr(p, n))
         p = replace(p, **{name: getattr(p, name) // 2})
-    while cost(p) > most and max(p.height, p.width) > 1:
-        p = replace(p, height=-(-p.height // 2), width=-(-p.width // 2))
-    if rng.random() < 0.25:
+    if cost(p) > most:
+        p = replace(p, bidirectional=False)
+    if p.lengths is not None:
         p = replace(p, lengths=tuple(rng.randint(1, p.steps) for _ in range(p.batch)))
     return p
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_cli import run, wide  # noqa: F401  wide: a fixture
 
-from mkconvlstm_cuda import aten, compiled, dispatch, fuzz, library
-from mkconvlstm_cuda.fuzz_problems import Kernel, Problem, draw_call, draw_structure, simpler
+from mkconvlstm_cuda import aten, cli, compiled, dispatch, fuzz, library
+from mkconvlstm_cuda.fuzz_problems import Kernel, Problem, draw_call, draw_structure, draw_variant, simpler
 from mkconvlstm_cuda.guards import guarded
 
 CPU = torch.device("cpu")
@@ -23,6 +23,11 @@ def test_three_hundred_random_problems_pass():
     assert " 0 failed" in run("check", "--device", "cpu", "--fuzz", "300")
 
 
+def test_progress_is_shown_without_a_terminal(monkeypatch):
+    monkeypatch.setattr(cli, "PROGRESS_SECONDS", 0.0)
+    assert "1 of 2 problems, 0 failed" in run("check", "--device", "cpu", "--fuzz", "2")
+
+
 def test_random_problems_pass_without_the_cpu_library(monkeypatch):
     monkeypatch.setattr(library, "load", lambda kind: f"no {kind} library today")
     _, failures = fuzz.run(30, 5, CPU, ["aten"], DTYPES)
@@ -32,7 +37,8 @@ def test_random_problems_pass_without_the_cpu_library(monkeypatch):
 def drawn(count):
     for n in range(count):
         structure = draw_structure(random.Random(f"s{n}"), DTYPES)
-        yield draw_call(random.Random(f"c{n}"), structure, 10**7)
+        variant = draw_variant(random.Random(f"v{n}"), structure, 10**7)
+        yield draw_call(random.Random(f"c{n}"), variant, 10**7)
 
 
 def test_problems_are_repeatable_and_as_wide_as_promised():
@@ -164,6 +170,15 @@ def test_processes_share_the_problems():
     alone = fuzz.run(4, 3, CPU, ["aten"], ("float32",))
     together = fuzz.run(4, 3, CPU, ["aten"], ("float32",), jobs=2)
     assert alone == together
+
+
+def test_structures_share_out_the_problems():
+    assert fuzz.shares(3, "cpu") == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]
+    assert fuzz.shares(50, "cuda") == [(0, 0, 20), (1, 0, 20), (2, 0, 10)]
+    shares = fuzz.shares(10_000, "cuda")
+    assert sum(calls for _, _, calls in shares) == 10_000
+    assert {(structure, variant) for structure, variant, _ in shares} == {(s, v) for s in range(100) for v in range(5)}
+    assert [structure for structure, _, _ in shares[:100]] == list(range(100))
 
 
 def test_a_run_ends_where_much_fails(monkeypatch):

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "resident_plan.h"
 #include "sequence_plan.h"
 
 namespace py = pybind11;
@@ -32,6 +33,12 @@ ForwardPlan forward_plan(int64_t batch, int64_t height, int64_t width, const std
 BackwardPlan backward_plan(int64_t batch, int64_t height, int64_t width, const std::vector<Branch>& branches,
                            int multiprocessors, int shared_memory, int pieces) {
   return plan_backward(problem_of(batch, height, width, branches), {multiprocessors, shared_memory}, pieces);
+}
+
+template <auto kPlan>
+ResidentPlan resident_plan(int64_t batch, int64_t height, int64_t width, const std::vector<Branch>& branches,
+                           int multiprocessors, int shared_memory) {
+  return kPlan(problem_of(batch, height, width, branches), {multiprocessors, shared_memory});
 }
 
 int unit_count(const ForwardPlan& plan) {
@@ -153,6 +160,24 @@ void bind_sequence_plan(py::module_& m) {
         "Raises ValueError with the reason where the kernels cannot serve the problem.",
         py::kw_only(), "batch"_a, "height"_a, "width"_a, "branches"_a, "multiprocessors"_a = 132,
         "shared_memory"_a = 232448, "pieces"_a = 0);
+
+  py::class_<ResidentPlan>(m, "ResidentPlan", "How the recurrence runs on Hopper with weights in shared memory.")
+      .def_readonly("blocks", &ResidentPlan::blocks)
+      .def_readonly("shared_memory", &ResidentPlan::shared_memory)
+      .def_readonly("cycles", &ResidentPlan::cycles)
+      .def_property_readonly("windows", &ResidentPlan::windows)
+      .def_property_readonly("groups", [](const ResidentPlan& plan) { return plan.problem.groups; })
+      .def_property_readonly("split", [](const ResidentPlan& plan) { return plan.problem.split; })
+      .def_property_readonly("window", [](const ResidentPlan& plan) {
+        return py::make_tuple(plan.problem.window_height(), plan.problem.window_width);
+      });
+  m.def("plan_resident_forward", &resident_plan<plan_resident_forward>,
+        "The recurrence forward on Hopper with weights that stay in shared memory; arguments as for plan_forward.\n"
+        "Raises ValueError with the reason where the kernels cannot serve the problem.",
+        py::kw_only(), "batch"_a, "height"_a, "width"_a, "branches"_a, "multiprocessors"_a = 132,
+        "shared_memory"_a = 232448);
+  m.def("plan_resident_backward", &resident_plan<plan_resident_backward>, "The same backward.", py::kw_only(),
+        "batch"_a, "height"_a, "width"_a, "branches"_a, "multiprocessors"_a = 132, "shared_memory"_a = 232448);
 }
 
 }  // namespace mkconvlstm

@@ -1,85 +1,15 @@
 // The whole recurrence as one CUDA operation: schema, argument checks, the way to a launcher. Only torch's stable ABI.
 #include <cuda.h>
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdint>
-#include <limits>
-#include <optional>
-#include <vector>
+#include <string>
 
-#include "sequence_plan.h"
+#include "sequence_operands.h"
 #include "sm90/backward.h"
 #include "sm90/forward.h"
 
 namespace mkconvlstm {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-void check_cuda(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
-}
-
-// What all tensors of a call have in common.
-class Checker {
- public:
-  Checker(const char* op, const Tensor& like) : op_(op), device_(like.get_device_index()) {
-    STD_TORCH_CHECK(like.is_cuda(), op, ": all tensors must be on a CUDA device");
-    type_ = like.scalar_type();
-    STD_TORCH_CHECK(type_ == ScalarType::Half || type_ == ScalarType::BFloat16, op,
-                    ": z must be float16 or bfloat16, got ", toString(type_));
-  }
-
-  // The data of a contiguous tensor of that many elements, all of which kernels reach by 16-byte accesses.
-  template <typename Pointer>
-  Pointer* read(const Tensor& tensor, const char* name, int64_t elements, ScalarType type) const {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, op_, ": ", name,
-                    " must be on the device of z");
-    STD_TORCH_CHECK(tensor.scalar_type() == type, op_, ": ", name, " must be ", toString(type), ", got ",
-                    toString(tensor.scalar_type()));
-    STD_TORCH_CHECK(tensor.numel() == elements && tensor.is_contiguous(), op_, ": ", name, " must hold ", elements,
-                    " elements, contiguous, got ", tensor.numel());
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, op_, ": ", name,
-                    " must begin at a multiple of 16 bytes");
-    return static_cast<Pointer*>(tensor.data_ptr());
-  }
-
-  template <typename Pointer>
-  Pointer* read(const OptionalTensor& tensor, const char* name, int64_t elements, ScalarType type) const {
-    return tensor ? read<Pointer>(*tensor, name, elements, type) : nullptr;
-  }
-
-  ScalarType type() const { return type_; }
-  DType dtype() const { return type_ == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16; }
-  int32_t device() const { return device_; }
-
- private:
-  const char* op_;
-  int32_t device_;
-  ScalarType type_;
-};
-
-// Freed when the caller returns; torch keeps the memory until the stream has passed what was launched before.
-Tensor scratch(const Tensor& like, int64_t bytes) {
-  const int64_t sizes[1] = {bytes};
-  return torch::stable::new_empty(like, {sizes, 1}, ScalarType::Byte);
-}
-
-HopperLimits device_limits(int32_t device, const char* op) {
-  HopperLimits limits;
-  check_cuda(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device), op);
-  check_cuda(cudaDeviceGetAttribute(&limits.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), op);
-  return limits;
-}
 
 // data: [rows, columns] of 16-bit elements, loaded in boxes of box_rows x 64 with the 128-byte swizzle.
 CUtensorMap tensor_map(void* data, DType dtype, int64_t rows, int64_t columns, int box_rows, const char* op) {
@@ -100,42 +30,6 @@ CUtensorMap tensor_map(void* data, DType dtype, int64_t rows, int64_t columns, i
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, op, ": cuTensorMapEncodeTiled failed with error ", static_cast<int>(result));
   return map;
-}
-
-struct Sizes {
-  int64_t batch, steps, hidden, height, width;
-
-  int64_t numel() const { return batch * steps * hidden * height * width; }
-};
-
-// One or two branches, and each one's part of z.
-struct Branches {
-  SequenceProblem problem;
-  const void* weights[2] = {};
-  void* z[2] = {};
-
-  Branches(const char* op, const Checker& checker, const Sizes& sizes, const OptionalTensor (&zs)[2],
-           const OptionalTensor (&all_weights)[2])
-      : problem{sizes.batch, sizes.height, sizes.width, {}} {
-    const int64_t hidden = sizes.hidden;
-    for (int r = 0; r < 2 && all_weights[r]; ++r) {
-      const Tensor& weight = *all_weights[r];
-      STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) % 4 == 0 && weight.size(1) == hidden && zs[r], op,
-                      ": weights must be [4 * channels, hidden, kernel height, kernel width], one for each z");
-      problem.branches.push_back({weight.size(2), weight.size(3), weight.size(0) / 4});
-      weights[r] = checker.read<void>(weight, "weight", weight.numel(), checker.type());
-      z[r] = checker.read<void>(*zs[r], "z", sizes.numel() / hidden * weight.size(0), checker.type());
-    }
-    STD_TORCH_CHECK(sizes.numel() <= std::numeric_limits<int32_t>::max(), op,
-                    ": h must have at most 2^31 - 1 elements");
-    STD_TORCH_CHECK(problem.hidden() == hidden, op, ": the branches must serve all hidden channels");
-  }
-};
-
-cudaStream_t current_stream(const Checker& checker) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(checker.device(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 // What both passes know of a sequence.
@@ -207,39 +101,19 @@ void sm90_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, Opti
                    OptionalTensor dh_0, Tensor dc) {
   const char* op = "sm90_backward";
   const Checker checker(op, gates_0);
-  STD_TORCH_CHECK(c.dim() == 5, op, ": c must be [steps, batch, height, width, hidden]");
-  const ScalarType half = checker.type(), single = ScalarType::Float;
-  const Sizes sizes{c.size(1), c.size(0), c.size(4), c.size(2), c.size(3)};
+  const Sizes sizes = sizes_of_cells(op, c);
   const Branches branches(op, checker, sizes, {gates_0, gates_1}, {weight_0, weight_1});
-  STD_TORCH_CHECK(sizes.steps <= std::numeric_limits<int32_t>::max() / (sizes.batch * sizes.height * sizes.width), op,
-                  ": there must be at most 2^31 - 1 pixels in all steps");
 
   const torch::stable::accelerator::DeviceGuard guard(checker.device());
   const BackwardPlan plan = plan_backward(branches.problem, device_limits(checker.device(), op));
   auto backward = new_pass<sm90::Backward>(plan, sizes);
-  const int64_t state_elements = int64_t{backward.pixels} * backward.hidden;
   backward.items = plan.items();
   backward.parts[1].first_hidden = backward.hidden;
   for (size_t r = 0; r < branches.problem.branches.size(); ++r) {
     const int before = r == 0 ? 0 : backward.parts[0].channels;
     backward.parts[r] = {branches.z[r], static_cast<int>(branches.problem.branches[r].channels), before};
   }
-  backward.c_is_half = c.scalar_type() != single;
-  backward.c = checker.read<const void>(c, "c", sizes.numel(), backward.c_is_half ? half : single);
-  backward.c_0 = checker.read<const float>(c_0, "c_0", state_elements, single);
-  if (dh) {
-    STD_TORCH_CHECK(dh->dim() == 4 && dh->numel() == c.numel() && dh->scalar_type() == half, op,
-                    ": dh must be [batch, steps, hidden, height * width] of the gates' type");
-    backward.dh = dh->data_ptr();
-    backward.dh_image = dh->stride(0);
-    backward.dh_step = dh->stride(1);
-    backward.dh_channel = dh->stride(2);
-    backward.dh_pixel = dh->stride(3);
-  }
-  backward.dc_n = checker.read<const float>(dc_n, "dc_n", state_elements, single);
-  if (lengths) backward.lengths = checker.read<const int64_t>(*lengths, "lengths", sizes.batch, ScalarType::Long);
-  backward.dh_0 = checker.read<void>(dh_0, "dh_0", state_elements, half);
-  backward.dc = checker.read<float>(dc, "dc", state_elements, single);
+  read_gradients(op, checker, sizes, c, c_0, dh, dc_n, lengths, dh_0, dc, backward);
   const int64_t tiles = int64_t{plan.tiles_m} * plan.tiles_n;
   Tensor packed = scratch(c, plan.packed_bytes());
   Tensor partial = scratch(c, plan.partial_bytes());
@@ -271,17 +145,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mkconvlstm, m) {
   // z_r [steps, pixels, 4 * channels] and weight_r [4 * channels, hidden, kernel height, kernel width], gate-major;
   // bias_r [4 * channels] float32. With keep z_r become the activated gates. h [batch, steps, hidden, height, width];
   // c [keep ? steps : 1, pixels, hidden] float32; h_0 and c_0 [pixels, hidden].
-  m.def(
-      "sm90_forward(Tensor(a!) z_0, Tensor(b!)? z_1, Tensor weight_0, Tensor? weight_1, Tensor? bias_0, Tensor? "
-      "bias_1, "
-      "Tensor(c!) h, Tensor(d!) c, Tensor? h_0, Tensor? c_0, bool keep) -> ()");
+  const std::string forward =
+      "_forward(Tensor(a!) z_0, Tensor(b!)? z_1, Tensor weight_0, Tensor? weight_1, Tensor? bias_0, Tensor? bias_1, "
+      "Tensor(c!) h, Tensor(d!) c, Tensor? h_0, Tensor? c_0, bool keep) -> ()";
   // Backward. The gates become the gradients of the pre-activations. c [steps, batch, height, width, hidden], float32
   // or of their type; dh [batch, steps, hidden, height * width] of any strides; dc_n, dh_0 and dc [pixels, hidden], the
   // last two written; lengths [batch] int64: the steps after which dc_n enters.
-  m.def(
-      "sm90_backward(Tensor(a!) gates_0, Tensor(b!)? gates_1, Tensor weight_0, Tensor? weight_1, Tensor c, Tensor? "
-      "c_0, "
-      "Tensor? dh, Tensor? dc_n, Tensor? lengths, Tensor(c!)? dh_0, Tensor(d!) dc) -> ()");
+  const std::string backward =
+      "_backward(Tensor(a!) gates_0, Tensor(b!)? gates_1, Tensor weight_0, Tensor? weight_1, Tensor c, Tensor? c_0, "
+      "Tensor? dh, Tensor? dc_n, Tensor? lengths, Tensor(c!)? dh_0, Tensor(d!) dc) -> ()";
+  for (const std::string kernels : {"sm90", "sm90_resident"}) {  // the latter: see resident_ops.cpp
+    m.def((kernels + forward).c_str());
+    m.def((kernels + backward).c_str());
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mkconvlstm, CUDA, m) {

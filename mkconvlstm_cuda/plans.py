@@ -9,7 +9,8 @@ import torch
 Kernels = list[tuple[int, int]]  # kernel size, F_r
 
 SHOWN = (
-    "blocks", "pieces", "tile_channels", "tiles_m", "tiles_n", "stages", "box_slots", "box_rows", "shared_memory",
+    "blocks", "pieces", "tile_channels", "tiles_m", "tiles_n", "windows", "window", "groups", "split", "stages",
+    "box_slots", "box_rows", "shared_memory",
 )  # fmt: skip
 
 
@@ -69,8 +70,9 @@ def describe(problem: str, dtype: torch.dtype) -> Iterator[tuple[str, str]]:
         return ", ".join(shown) or repr(made)
 
     yield "triton", triton_plan(batch, height, width, kernels, dtype, multiprocessors, shared_memory)
-    for direction, plan in (("forward", _C.plan_forward), ("backward", _C.plan_backward)):
-        yield f"cuda sm90, {direction}", outcome(half, plan, branches=hopper, **limits)
+    for direction in ("forward", "backward"):
+        for mode, plan in (("", f"plan_{direction}"), (", resident", f"plan_resident_{direction}")):
+            yield f"cuda sm90, {direction}{mode}", outcome(half, getattr(_C, plan), branches=hopper, **limits)
     element_bytes = {"element_bytes": dtype.itemsize}
     yield "cuda sm80", outcome(half or single, _C.plan_sm80, branches=any_gpu, **element_bytes, **limits)
     yield "cuda simt", outcome(not half, _C.plan_simt, branches=any_gpu, multiprocessors=multiprocessors)

@@ -1,4 +1,8 @@
-"""The recurrence on Hopper GPUs: hand-written CUDA kernels, one launch over all T."""
+"""The recurrence on Hopper GPUs: hand-written CUDA kernels, one launch over all T.
+
+There are two kinds. "streamed": blocks read their weights anew for every tile and step. "resident": where the hidden
+state is so small that the multiprocessors hold all weights in shared memory, they keep them there for all steps.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,17 @@ from torch import Tensor
 from .convolution import TransitionWeights, whole_bias
 from .interleaving import split_gates
 
+RESIDENT = "resident_"  # in the names of these kernels' plans and operations
+
 
 def refusal(
-    z: Sequence[Tensor], hidden: TransitionWeights, peephole: Tensor | None, direction: str = "forward"
+    z: Sequence[Tensor],
+    hidden: TransitionWeights,
+    peephole: Tensor | None,
+    direction: str = "forward",
+    kernels: str = "streamed",
 ) -> str | None:
-    """None where the kernels compute this recurrence in that direction, "forward" or "backward", else why not."""
+    """None where these kernels compute this recurrence in that direction, "forward" or "backward", else why not."""
     part = z[0]
     if part.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, and the input is {part.dtype}"
@@ -31,7 +41,7 @@ def refusal(
     limits = device_limits(part.device)
     if isinstance(limits, str):
         return limits
-    return plan_refusal(direction, part.shape[0], *part.shape[3:], branches, *limits)
+    return plan_refusal(direction, part.shape[0], *part.shape[3:], branches, *limits, kernels)
 
 
 def fastest(problem) -> bool:
@@ -74,17 +84,23 @@ def plan_refusal(
     branches: tuple[tuple[int, int, int], ...],
     multiprocessors: int,
     shared_memory: int,
+    kernels: str = "streamed",
 ) -> str | None:
     """The same as far as sizes decide it; ``branches``: kernel height, kernel width, hidden channels of each."""
     from . import _C
 
     limits = {"multiprocessors": multiprocessors, "shared_memory": shared_memory}
     try:
-        plan = _C.plan_forward if direction == "forward" else _C.plan_backward
+        plan = getattr(_C, "plan_" + RESIDENT * (kernels == "resident") + direction)
         plan(batch=batch, height=height, width=width, branches=list(branches), **limits)
     except ValueError as error:
         return str(error)
     return None
+
+
+def operation(direction: str, kernels: str):
+    """The CUDA operation of these kernels."""
+    return getattr(torch.ops.mkconvlstm, "sm90_" + RESIDENT * (kernels == "resident") + direction)
 
 
 def by_time(x: Tensor | None) -> Tensor | None:
@@ -118,17 +134,19 @@ def forward(
     c_0: Tensor | None,
     keep: bool,
     bias: Tensor | None,
+    kernels: str = "streamed",
 ) -> tuple[Tensor, Tensor]:
     """All T steps.
 
     Args:
         z: for each branch r the pre-activations [B, T, 4*F_r, H, W] whose memory is [T, B, H, W, 4*F_r], gate-major;
             the transition's biases are added to them. Overwritten: with ``keep`` by the activated gates.
-        hidden: one or two branches, the kernel of one inside that of the other; in z's dtype.
+        hidden: one or two branches; "streamed", the kernel of one inside that of the other; in z's dtype.
         h_0: [B, F, H, W] in z's dtype, or None for zeros.
         c_0: [B, F, H, W] float32, or None for zeros.
         keep: keep gates and all cell states for backward.
         bias: [4F], gate-major, added to z too; or None.
+        kernels: "streamed" or "resident", whose :func:`refusal` is None.
 
     Returns:
         h [B, T, F, H, W] contiguous; c [B, T, F, H, W] float32, with ``keep``, else the last step's
@@ -140,7 +158,7 @@ def forward(
     c = z[0].new_empty((steps if keep else 1, batch, height, width, channels), dtype=torch.float32)
     bias = whole_bias(hidden, bias)
     biases = [None] * len(z) if bias is None else split_gates(bias.float(), hidden.sizes)
-    torch.ops.mkconvlstm.sm90_forward(
+    operation("forward", kernels)(
         *pair([in_place(part) for part in z]),
         *pair([aligned(b.weight.contiguous()) for b in hidden.branches]),
         *pair(biases),
@@ -162,6 +180,7 @@ def backward(
     dh: Tensor | None,
     dc_n: Tensor | None,
     lengths: Tensor | None,
+    kernels: str = "streamed",
 ) -> tuple[Tensor | None, Tensor]:
     """Backward through all T steps.
 
@@ -175,6 +194,7 @@ def backward(
         dh: [B, T, F, H, W] in the gates' dtype, of any strides, from outside the recurrence; or None for zeros.
         dc_n: [B, F, H, W], the gradient of the last cell state, that after ``lengths`` [B] steps where those are given;
             or None for zeros.
+        kernels: as for :func:`forward`.
 
     Returns:
         dh_0 [B, F, H, W] in the gates' dtype, or None without h_0; dc_0 [B, F, H, W] float32.
@@ -182,7 +202,7 @@ def backward(
     batch, _, _, height, width = gates[0].shape
     dc = c.new_empty((batch, height, width, sum(hidden.sizes)), dtype=torch.float32)
     dh_0 = None if h_0 is None else torch.empty_like(dc, dtype=gates[0].dtype)
-    torch.ops.mkconvlstm.sm90_backward(
+    operation("backward", kernels)(
         *pair([in_place(part) for part in gates]),
         *pair([aligned(b.weight.contiguous()) for b in hidden.branches]),
         in_place(c),

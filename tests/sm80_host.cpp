@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "host_bfloat16.h"
 #include "host_block.h"
 
 namespace {
@@ -20,23 +21,6 @@ struct float2 {
 namespace {
 
 using namespace sm80;
-
-// bfloat16, rounded to nearest even.
-struct Brain {
-  uint16_t bits;
-  Brain() = default;
-  explicit Brain(float value) {
-    uint32_t whole;
-    std::memcpy(&whole, &value, 4);
-    bits = static_cast<uint16_t>((whole + 0x7fff + (whole >> 16 & 1)) >> 16);
-  }
-  explicit operator float() const {
-    const uint32_t whole = uint32_t{bits} << 16;
-    float value;
-    std::memcpy(&value, &whole, 4);
-    return value;
-  }
-};
 
 constexpr int kWarp = 32;
 constexpr size_t kSharedBytes = 1 << 18;

@@ -1,13 +1,10 @@
-"""The recurrence on Hopper: forward against the equations in float32, on hidden states rounded as the kernel rounds
-them; backward against ``aten`` in float64.
-"""
+"""The recurrence on Hopper: both kinds of kernels, each on what it serves."""
 
 import pytest
 import torch
-from torch.nn import functional as F
+from hopper import TOLERANCE, equations, gradients, make, make_backward, sides
 
-from mkconvlstm_cuda import aten, library, sm90
-from mkconvlstm_cuda.convolution import BranchWeights, TransitionWeights
+from mkconvlstm_cuda import library, sm90
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(library.load("cuda") is not None, reason=f"no CUDA library: {library.load('cuda')}"),
 ]
 
-# batch, steps, (height, width), (kernel size, channels) of each branch
+# batch, steps, (height, width), (kernel size or height and width, channels) of each branch
 PROBLEMS = {
     "paper_mk35": (10, 3, (14, 14), [(3, 128), (5, 128)]),
     "paper_5": (10, 3, (14, 14), [(5, 256)]),
@@ -29,52 +26,21 @@ PROBLEMS = {
     "one_tile": (1, 3, (5, 5), [(3, 8)]),
     "one_step": (2, 1, (6, 6), [(3, 32)]),
     "one_pixel": (1, 2, (1, 1), [(3, 16), (5, 16)]),
+    "small_35": (1, 6, (32, 32), [(3, 32), (5, 32)]),
+    "small_batch": (8, 5, (13, 16), [(5, 16), (3, 8)]),
+    "wide": (1, 4, (3, 150), [(5, 24)]),
+    "crossed_kernels": (2, 4, (10, 11), [((3, 5), 16), ((7, 3), 24)]),
+    "channels_in_two_boxes": (1, 4, (12, 9), [(3, 56), (3, 64)]),
 }
-# A gate is rounded once, where it is stored; h and c come from what is not yet rounded. Backward multiplies gradients
-# that are rounded as they are stored.
-TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def make(problem, dtype, state):
-    batch, steps, size, kernels = PROBLEMS[problem]
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator, device="cuda")
-
-    hidden = sum(channels for _, channels in kernels)
-    z = [randn(steps, batch, *size, 4 * n).to(dtype).permute(1, 0, 4, 2, 3) for _, n in kernels]
-    branches = tuple(
-        BranchWeights(
-            (randn(4 * n, hidden, k, k) / (hidden * k * k) ** 0.5).to(dtype), randn(4 * n).to(dtype) if state else None
-        )
-        for k, n in kernels
-    )
-    h_0 = torch.tanh(randn(batch, hidden, *size)).to(dtype) if state else None
-    c_0 = randn(batch, hidden, *size) if state else None
-    return z, TransitionWeights(branches), h_0, c_0
-
-
-def equations(z, weights, h_0, c_0):
-    """h, c [B, T, F, H, W] and each branch's gates [B, T, 4*F_r, H, W], in float32."""
-    batch, steps, _, height, width = z[0].shape
-    zeros = torch.zeros((batch, sum(weights.sizes), height, width), device="cuda")
-    h, c = (zeros if state is None else state.float() for state in (h_0, c_0))
-    hs, cs, all_gates = [], [], []
-    for t in range(steps):
-        gates = []
-        for part, b in zip(z, weights.branches, strict=True):
-            bias = None if b.bias is None else b.bias.float()
-            a = part[:, t].float() + F.conv2d(h, b.weight.float(), bias, padding=b.padding)
-            i, f, g, o = a.chunk(4, dim=1)
-            gates.append((i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()))
-        i, f, g, o = (torch.cat(gate, dim=1) for gate in zip(*gates, strict=True))
-        c = f * c + i * g
-        h = (o * c.tanh()).to(z[0].dtype).float()
-        hs.append(h)
-        cs.append(c)
-        all_gates.append([torch.cat(part, dim=1) for part in gates])
-    return torch.stack(hs, 1), torch.stack(cs, 1), [torch.stack(part, 1) for part in zip(*all_gates, strict=True)]
+def served(direction):
+    """(kernels, problem) of all problems, and of the two kinds of kernels those that serve them."""
+    for name, (batch, _, size, kernels) in PROBLEMS.items():
+        branches = tuple((*sides(kernel), channels) for kernel, channels in kernels)
+        for kind in ("streamed", "resident"):
+            if sm90.plan_refusal(direction, batch, *size, branches, 132, 232448, kind) is None:
+                yield kind, name
 
 
 def poison(*shapes):
@@ -90,15 +56,15 @@ def exact_reference(monkeypatch):
 
 @pytest.mark.parametrize("state", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_forward(problem, dtype, state):
-    z, weights, h_0, c_0 = make(problem, dtype, state)
+@pytest.mark.parametrize(("kernels", "problem"), list(served("forward")))
+def test_forward(kernels, problem, dtype, state):
+    z, weights, h_0, c_0 = make(PROBLEMS[problem], dtype, state, "cuda")
     want_h, want_c, want_gates = equations(z, weights, h_0, c_0)
     results = []
     for keep in (True, True, False):
         parts = [part.clone(memory_format=torch.preserve_format) for part in z]
         poison((want_h.numel(), dtype), (want_c.numel(), torch.float32), (2 * want_h.numel(), dtype))
-        results.append((*sm90.forward(parts, weights, h_0, c_0, keep, None), parts))
+        results.append((*sm90.forward(parts, weights, h_0, c_0, keep, None, kernels), parts))
     h, c, gates = results[0]
     assert h.is_contiguous()
     for got, want in [(h, want_h), (c, want_c), *zip(gates, want_gates, strict=True)]:
@@ -108,47 +74,18 @@ def test_forward(problem, dtype, state):
         assert torch.equal(c[:, -other_c.shape[1] :], other_c)
 
 
-def gradients(gates, c, weights, h_0, c_0, dh, dc_n, lengths):
-    """dz of each branch, dc_0 and dh_0, in float64."""
-    h_0, c_0, dh, dc_n, c = (None if t is None else t.double() for t in (h_0, c_0, dh, dc_n, c))
-    dz = [part.double() for part in gates]
-    weights = weights.to(torch.float64)
-    dh_0, dc_0 = aten.backward(dz, torch.zeros_like(c), c, weights, h_0, c_0, None, "previous", dh, dc_n, lengths)
-    return [*dz, dc_0, *([] if dh_0 is None else [dh_0])]
-
-
-def strided(x):
-    """``x`` [B, T, C, H, W] with channels innermost in memory."""
-    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-
-
 @pytest.mark.parametrize("how", ["state", "no state", "lengths"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_backward(problem, dtype, how):
-    z, weights, h_0, c_0 = make(problem, dtype, how != "no state")
-    generator = torch.Generator("cuda").manual_seed(1)
-    batch, steps, _, *size = z[0].shape
-    shape = (batch, steps, sum(weights.sizes), *size)
-    c, dh = (torch.randn(shape, generator=generator, device="cuda") for _ in range(2))
-    dc_n = torch.randn((batch, *shape[2:]), generator=generator, device="cuda")
-    c, dh = c.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3), dh.to(dtype)
-    lengths = None
-    if how == "lengths":  # and what recomputation hands over
-        lengths = torch.randint(1, steps + 1, (batch,), generator=generator, device="cuda")
-        c, dh = c.to(dtype), strided(dh)
-    elif how == "no state":
-        dh = None
-    gates = []
-    for part in z:
-        i, f, g, o = part.chunk(4, dim=2)
-        gates.append(part.copy_(torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], dim=2)))
+@pytest.mark.parametrize(("kernels", "problem"), list(served("backward")))
+def test_backward(kernels, problem, dtype, how):
+    z, weights, h_0, c_0 = make(PROBLEMS[problem], dtype, how != "no state", "cuda")
+    gates, c, dh, dc_n, lengths = make_backward(z, sum(weights.sizes), dtype, how)
     want = gradients(gates, c, weights, h_0, c_0, dh, dc_n, lengths)
     results = []
     for _ in range(2):
         dz = [part.clone(memory_format=torch.preserve_format) for part in gates]
         poison((dc_n.numel(), torch.float32), (dc_n.numel(), dtype), (1 << 22, torch.float32))
-        dh_0, dc_0 = sm90.backward(dz, c, weights, h_0, c_0, dh, dc_n, lengths)
+        dh_0, dc_0 = sm90.backward(dz, c, weights, h_0, c_0, dh, dc_n, lengths, kernels)
         results.append([*dz, dc_0, *([] if dh_0 is None else [dh_0])])
     assert (h_0 is None) == (dh_0 is None)
     for got, again, wanted in zip(*results, want, strict=True):

@@ -323,7 +323,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 template <typename T>
 void launch_backward(const Backward& backward, const CUtensorMap (&gates)[2], int blocks, int shared_memory,
                      cudaStream_t stream) {
-  launch_cooperative(backward_kernel<T>, blocks, kBackwardThreads, shared_memory, stream, gates[0], gates[1], backward);
+  launch_cooperative(backward_kernel<T>, blocks, 1, kBackwardThreads, shared_memory, stream, gates[0], gates[1],
+                     backward);
 }
 
 }  // namespace mkconvlstm::sm90

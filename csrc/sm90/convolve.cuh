@@ -111,9 +111,6 @@ struct FragmentRow {
   }
 };
 
-// A value that is the same in all lanes, so that the compiler knows it and computes what follows from it once a warp.
-__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
-
 // Boxes in shared memory, as the tiles' loads go round its slots.
 struct BoxRing {
   int first = 0;  // the slot of this tile's first box

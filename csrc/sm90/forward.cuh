@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T>
 void launch_forward(const Forward& forward, const CUtensorMap& state, int blocks, int shared_memory,
                     cudaStream_t stream) {
-  launch_cooperative(forward_kernel<T>, blocks, kThreads, shared_memory, stream, state, forward);
+  launch_cooperative(forward_kernel<T>, blocks, 1, kThreads, shared_memory, stream, state, forward);
 }
 
 }  // namespace mkconvlstm::sm90

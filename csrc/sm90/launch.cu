@@ -4,12 +4,17 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "resident.h"
 
 namespace mkconvlstm::sm90 {
 
 template <typename T>
 void launch_forward(const Forward& forward, const CUtensorMap& state, int blocks, int shared_memory,
                     cudaStream_t stream);
+template <typename T>
+void launch_resident(const ResidentForward& forward, int blocks, int shared_memory, cudaStream_t stream);
+template <typename T>
+void launch_resident(const ResidentBackward& backward, int blocks, int shared_memory, cudaStream_t stream);
 template <typename T>
 void launch_backward(const Backward& backward, const CUtensorMap (&gates)[2], int blocks, int shared_memory,
                      cudaStream_t stream);
@@ -24,6 +29,22 @@ void launch(const Backward& backward, const CUtensorMap (&gates)[2], DType dtype
             cudaStream_t stream) {
   const auto chosen = dtype == DType::kFloat16 ? launch_backward<__half> : launch_backward<__nv_bfloat16>;
   chosen(backward, gates, blocks, shared_memory, stream);
+}
+
+void launch(const ResidentForward& forward, DType dtype, int blocks, int shared_memory, cudaStream_t stream) {
+  if (dtype == DType::kFloat16) {
+    launch_resident<__half>(forward, blocks, shared_memory, stream);
+  } else {
+    launch_resident<__nv_bfloat16>(forward, blocks, shared_memory, stream);
+  }
+}
+
+void launch(const ResidentBackward& backward, DType dtype, int blocks, int shared_memory, cudaStream_t stream) {
+  if (dtype == DType::kFloat16) {
+    launch_resident<__half>(backward, blocks, shared_memory, stream);
+  } else {
+    launch_resident<__nv_bfloat16>(backward, blocks, shared_memory, stream);
+  }
 }
 
 }  // namespace mkconvlstm::sm90

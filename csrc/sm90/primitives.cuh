@@ -13,6 +13,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What the launch asks for.
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(1024) char memory[];
+  return memory;
+}
+
 __device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -131,6 +137,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], uint32_t 
                : "memory");
 }
 
+// 4 fragments of 64 rows x 16 channels.
+__device__ __forceinline__ void load_fragments(uint32_t (&fragments)[4][4], uint32_t address) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_matrices(fragments[k], address ^ (k << 5));
+}
+
 __device__ __forceinline__ float4 load_shared(uint32_t address) {
   float4 values;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -139,6 +151,24 @@ __device__ __forceinline__ float4 load_shared(uint32_t address) {
                : "memory");
   return values;
 }
+
+__device__ __forceinline__ void load_shared(float4& values, uint32_t address) { values = load_shared(address); }
+
+__device__ __forceinline__ void load_shared(float& value, uint32_t address) {
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
+// A value that is the same in all lanes, so that the compiler knows it and computes what follows from it once a warp.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
 // Named barriers of a part of the block.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
@@ -162,6 +192,24 @@ __device__ __forceinline__ void wait_counter(const uint32_t* counter, uint32_t w
   }
 }
 
+// Elements that other blocks write or read meanwhile: nothing is said of the order of any two.
+__device__ __forceinline__ uint4 load_relaxed(const void* address) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_relaxed(void* address, uint16_t value) {
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(address), "h"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_relaxed(void* address, uint2 values) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(values.x), "r"(values.y) : "memory");
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -170,6 +218,29 @@ __device__ __forceinline__ void give_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Where another block of the cluster has what this one has at `address`.
+__device__ __forceinline__ uint32_t in_block(uint32_t address, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+__device__ __forceinline__ void load_cluster(float& value, uint32_t address) {
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void load_cluster(float4& v, uint32_t address) {
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+}
+
+// All threads of all blocks of the cluster; what each has written in shared memory is there for all.
+__device__ __forceinline__ void sync_blocks() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Position in a ring of buffers, and the parity of the phase that it is in.

@@ -1,0 +1,9 @@
+#include "resident_backward.cuh"
+#include "resident_forward.cuh"
+
+namespace mkconvlstm::sm90 {
+
+template void launch_resident<__half>(const ResidentForward&, int, int, cudaStream_t);
+template void launch_resident<__half>(const ResidentBackward&, int, int, cudaStream_t);
+
+}  // namespace mkconvlstm::sm90

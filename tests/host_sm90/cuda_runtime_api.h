@@ -1,0 +1,4 @@
+// All of it that the kernels' headers name.
+#pragma once
+
+using cudaStream_t = void*;

@@ -283,6 +283,41 @@ void cut(const std::vector<GateBox>& boxes, int pieces, BackwardProgram& program
   }
 }
 
+BackwardPlan plan_columns(const SequenceProblem& problem, const HopperLimits& limits, int pieces, Columns columns) {
+  BackwardPlan plan;
+  BackwardProgram& program = plan.program;
+  for (const BranchShape& branch : problem.branches) {
+    program.radius_y = std::max(program.radius_y, static_cast<int>(branch.kernel_height / 2));
+    program.radius_x = std::max(program.radius_x, static_cast<int>(branch.kernel_width / 2));
+    if (branch.kernel_height * branch.kernel_width > kMaxTaps) refuse("the kernel is too large");
+  }
+  size_boxes(problem.width, program);
+  program.columns = columns;
+  program.stage_units = program.columns == Columns::kBoth ? 1 : 2;
+  program.chunks = (program.columns == Columns::kBoth ? 2 : 1) * kGroupColumns / kChunkChannels;
+  plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
+  plan.tiles_n = ceil_div(problem.hidden(), program.chunks * kChunkChannels);
+
+  const std::vector<GateBox> boxes = fill_backward_units(problem, program);
+  const int units = static_cast<int>(boxes.size());
+  program.stages_per_tile = ceil_div(units, program.stage_units);
+  const int64_t tiles = int64_t{plan.tiles_m} * plan.tiles_n;
+  if (pieces == 0) pieces = choose_pieces(program, tiles, limits.multiprocessors);
+  if (pieces < 1 || pieces > most_pieces(program)) refuse("a tile cannot be cut into so many pieces");
+  cut(boxes, pieces, program);
+  program.batch = std::min(pieces, kMostBatch);
+  const auto stages = [&] { return stages_beside(limits, sum_bytes(program.batch), kBackwardBoxes, program); };
+  while (program.batch > 1 && stages() < kMinStages) --program.batch;
+  divide_shared_memory(limits, sum_bytes(program.batch), kBackwardBoxes, program);
+
+  const int64_t items = tiles * pieces;
+  if (items > std::numeric_limits<int32_t>::max() / (kTileRows * program.chunks * kChunkChannels))
+    refuse("too many tiles");
+  plan.blocks = ceil_div(items, ceil_div(items, limits.multiprocessors));
+  plan.shared_memory = shared_memory(program) + sum_bytes(program.batch);
+  return plan;
+}
+
 }  // namespace
 
 int64_t SequenceProblem::hidden() const {
@@ -335,38 +370,12 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
 
 BackwardPlan plan_backward(const SequenceProblem& problem, const HopperLimits& limits, int pieces) {
   check(problem);
-  BackwardPlan plan;
-  BackwardProgram& program = plan.program;
-  for (const BranchShape& branch : problem.branches) {
-    program.radius_y = std::max(program.radius_y, static_cast<int>(branch.kernel_height / 2));
-    program.radius_x = std::max(program.radius_x, static_cast<int>(branch.kernel_width / 2));
-    if (branch.kernel_height * branch.kernel_width > kMaxTaps) refuse("the kernel is too large");
+  if (problem.hidden() <= kGroupColumns) {
+    // Two taps share a stage of weights there, so that a run could not end with each box.
+    const BackwardPlan plan = plan_columns(problem, limits, pieces, Columns::kSecond);
+    if (plan.program.box_slots > 1) return plan;
   }
-  size_boxes(problem.width, program);
-  program.columns = problem.hidden() > kGroupColumns ? Columns::kBoth : Columns::kSecond;
-  program.stage_units = program.columns == Columns::kBoth ? 1 : 2;
-  program.chunks = (program.columns == Columns::kBoth ? 2 : 1) * kGroupColumns / kChunkChannels;
-  plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
-  plan.tiles_n = ceil_div(problem.hidden(), program.chunks * kChunkChannels);
-
-  const std::vector<GateBox> boxes = fill_backward_units(problem, program);
-  const int units = static_cast<int>(boxes.size());
-  program.stages_per_tile = ceil_div(units, program.stage_units);
-  const int64_t tiles = int64_t{plan.tiles_m} * plan.tiles_n;
-  if (pieces == 0) pieces = choose_pieces(program, tiles, limits.multiprocessors);
-  if (pieces < 1 || pieces > most_pieces(program)) refuse("a tile cannot be cut into so many pieces");
-  cut(boxes, pieces, program);
-  program.batch = std::min(pieces, kMostBatch);
-  const auto stages = [&] { return stages_beside(limits, sum_bytes(program.batch), kBackwardBoxes, program); };
-  while (program.batch > 1 && stages() < kMinStages) --program.batch;
-  divide_shared_memory(limits, sum_bytes(program.batch), kBackwardBoxes, program);
-
-  const int64_t items = tiles * pieces;
-  if (items > std::numeric_limits<int32_t>::max() / (kTileRows * program.chunks * kChunkChannels))
-    refuse("too many tiles");
-  plan.blocks = ceil_div(items, ceil_div(items, limits.multiprocessors));
-  plan.shared_memory = shared_memory(program) + sum_bytes(program.batch);
-  return plan;
+  return plan_columns(problem, limits, pieces, Columns::kBoth);
 }
 
 }  // namespace mkconvlstm

@@ -15,6 +15,7 @@ from torch import Tensor
 from .convolution import TransitionWeights, whole_bias
 from .interleaving import split_gates
 
+KERNELS = ("resident", "streamed")  # the faster ones first
 RESIDENT = "resident_"  # in the names of these kernels' plans and operations
 
 
@@ -45,17 +46,24 @@ def refusal(
 
 
 def fastest(problem) -> bool:
-    """Whether the kernels compute ``problem`` (:class:`dispatch.Problem`), and have enough tiles for all of the GPU."""
+    """Whether kernels here compute ``problem`` (:class:`dispatch.Problem`) faster than Triton's.
+
+    Resident ones are wherever they serve; streamed ones where they have enough tiles for all of the GPU.
+    """
     if problem.dtype not in (torch.float16, torch.bfloat16) or not problem.plain or problem.batch == 0:
         return False
-    shape = (problem.batch, problem.height, problem.width)
-    if not fills(*shape, problem.hidden_channels, problem.device):
+    limits = device_limits(problem.device)
+    if isinstance(limits, str):
         return False
-    return plan_refusal("forward", *shape, problem.kernels, *device_limits(problem.device)) is None
+    shape = (problem.batch, problem.height, problem.width)
+    if plan_refusal("forward", *shape, problem.kernels, *limits, "resident") is None:
+        return True
+    many = fills(*shape, problem.hidden_channels, problem.device)
+    return many and plan_refusal("forward", *shape, problem.kernels, *limits) is None
 
 
 def fills(batch: int, height: int, width: int, channels: int, device: torch.device) -> bool:
-    """Whether the kernels run on ``device``, and a step has a tile for each of its multiprocessors, forward.
+    """Whether streamed kernels run on ``device``, and a step has a tile for each of its multiprocessors, forward.
 
     Measured on an H100, a step of 256 tiles or more takes two thirds of the time that Triton's kernels take, forward,
     and three quarters, backward; one of 32 takes half as long again, and an eighth more.

@@ -82,6 +82,7 @@ def main(
     dist.init_process_group("nccl" if gpus else "gloo")
     runs = contestants(WORKLOADS[workload], device, getattr(torch, dtype))
     times = take_turns(runs, device, rounds)
+    del runs  # or DDP would be the last to have the process group, and gloo's threads now and then hang when it lets go
     if dist.get_rank() == 0:
         efficiency = {name: times[alone] / times[name] for name, alone in ALONE.items()}
         processes = dist.get_world_size()

@@ -173,3 +173,33 @@ def assert_as_close(problem: Problem, backend: str, dtype: torch.dtype, device="
     exact = problem.run("reference", device=device)
     torchs, ours = (problem.run(name, dtype, device) for name in ("aten", backend))
     assert worst(ours, exact) <= max(2 * worst(torchs, exact), floor)
+
+
+def assert_repeats(problem: Problem, backend: str, dtype: torch.dtype, device: str, times: int = 1) -> None:
+    """The recurrence has the same bits with gates kept for backward and without, and every time."""
+    layer = problem.layer(backend, dtype, device)
+    inputs = problem.inputs(layer, dtype, device)
+    kept = problem.call(layer, **inputs)
+    with torch.no_grad():
+        dropped = problem.call(layer, **inputs)
+    assert all(torch.equal(a, b) for a, b in zip(kept, dropped, strict=True))
+    first = problem.run(backend, dtype, device)
+    recurrent = first.keys() & {"output", "h_n", "c_n", "dh_0", "dc_0"}
+    assert recurrent
+    for _ in range(times):
+        again = problem.run(backend, dtype, device)
+        assert all(torch.equal(first[name], again[name]) for name in recurrent)
+
+
+def assert_graph_replays(problem: Problem, backend: str, dtype: torch.dtype) -> None:
+    """A CUDA graph of the layer computes what the layer does."""
+    layer = problem.layer(backend, dtype, "cuda")
+    x = problem.inputs(layer, dtype, "cuda")["x"].detach()
+    with torch.no_grad():
+        wanted = layer(x)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = layer(x)[0]
+        output.zero_()
+        graph.replay()
+    assert torch.equal(output, wanted)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from problems import PROBLEMS, Problem, assert_as_close, assert_close
+from problems import PROBLEMS, Problem, assert_as_close, assert_close, assert_graph_replays, assert_repeats
 from step_kernels import LARGE, SERVED, OnTheHost, build, passes
 
 from mkconvlstm_cuda import _C, Branch, check, cuda_backend, library, simt
@@ -188,32 +188,10 @@ class TestMoreOnGpu:
     pytestmark = gpu
 
     def test_without_gradients_and_again(self, dtype):
-        """The same bits with gates kept and without, and every time."""
-        problem = LARGE["odd"]
-        layer = problem.layer("cuda", dtype, "cuda")
-        inputs = problem.inputs(layer, dtype, "cuda")
-        kept = problem.call(layer, **inputs)
-        with torch.no_grad():
-            dropped = problem.call(layer, **inputs)
-        assert all(torch.equal(a, b) for a, b in zip(kept, dropped, strict=True))
-        first = problem.run("cuda", dtype, "cuda")
-        for _ in range(20):
-            again = problem.run("cuda", dtype, "cuda")
-            recurrent = ("output", "h_n", "c_n", "dh_0", "dc_0")
-            assert all(torch.equal(first[name], again[name]) for name in recurrent)
+        assert_repeats(LARGE["odd"], "cuda", dtype, "cuda", times=20)
 
     def test_in_a_cuda_graph(self, dtype):
-        problem = LARGE["odd"]
-        layer = problem.layer("cuda", dtype, "cuda")
-        x = problem.inputs(layer, dtype, "cuda")["x"].detach()
-        with torch.no_grad():
-            wanted = layer(x)[0]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = layer(x)[0]
-            output.zero_()
-            graph.replay()
-        assert torch.equal(output, wanted)
+        assert_graph_replays(LARGE["odd"], "cuda", dtype)
 
 
 class TestOpsOnGpu:

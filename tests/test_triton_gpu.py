@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import assert_as_close
+from problems import assert_as_close, assert_graph_replays, assert_repeats
 from triton_problems import LARGE, PROBLEMS_HERE, SERVED, check_biases_around_a_mix, gpu
 
 
@@ -40,27 +40,7 @@ class TestMoreOnGpu:
         assert_as_close(LARGE[name], "triton", torch.float32, "cuda", floor=1e-3)
 
     def test_without_gradients_and_again(self, name):
-        """No gates are kept: the same outputs; and the same bits every time."""
-        problem = LARGE[name]
-        layer = problem.layer("triton", torch.bfloat16, "cuda")
-        inputs = problem.inputs(layer, torch.bfloat16, "cuda")
-        kept = problem.call(layer, **inputs)
-        with torch.no_grad():
-            dropped = problem.call(layer, **inputs)
-        assert all(torch.equal(a, b) for a, b in zip(kept, dropped, strict=True))
-        first, second = (problem.run("triton", torch.bfloat16, "cuda") for _ in range(2))
-        recurrent = [n for n in first if n in ("output", "h_n", "c_n", "dh_0", "dc_0")]
-        assert all(torch.equal(first[n], second[n]) for n in recurrent)
+        assert_repeats(LARGE[name], "triton", torch.bfloat16, "cuda")
 
     def test_in_a_cuda_graph(self, name):
-        problem = LARGE[name]
-        layer = problem.layer("triton", torch.bfloat16, "cuda")
-        x = problem.inputs(layer, torch.bfloat16, "cuda")["x"].detach()
-        with torch.no_grad():
-            wanted = layer(x)[0]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = layer(x)[0]
-            output.zero_()
-            graph.replay()
-        assert torch.equal(output, wanted)
+        assert_graph_replays(LARGE[name], "triton", torch.bfloat16)

@@ -125,7 +125,7 @@ def kernels(name: str) -> Verdict:
         done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
     output = log.read_text(errors="replace")
     summary = re.findall(r"={3,} (\w+ SUMMARY: .*)", output)
-    served = re.findall(r"served \d+ problems", output)
+    served = re.findall(r"served [1-9]\d* problems", output)
     clean = done.returncode == 0 and bool(summary) and bool(served)
     if not clean:
         print(f"{output[:8000]}\n... all of it in {log}")

@@ -1,7 +1,6 @@
 #include "resident_plan.h"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -11,22 +10,12 @@ using namespace sm90;
 
 namespace {
 
-constexpr int kLargestKernel = 31;
 constexpr int kWidths[] = {8, 16, 32, 64};
 
 [[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument("plan: " + reason); }
 
 ResidentProblem checked(const SequenceProblem& problem) {
-  if (std::min({problem.batch, problem.height, problem.width}) < 1) refuse("the problem is empty");
-  if (problem.branches.empty() || problem.branches.size() > kMostBranches) refuse("one or two branches are served");
-  for (const BranchShape& branch : problem.branches) {
-    if (branch.kernel_height % 2 == 0 || branch.kernel_width % 2 == 0) refuse("kernel sizes must be odd");
-    if (std::max(branch.kernel_height, branch.kernel_width) > kLargestKernel) refuse("the kernel is too large");
-    if (branch.channels < 8 || branch.channels % 8 != 0) refuse("hidden channels must be a multiple of 8 per branch");
-  }
-  if (problem.hidden() > kMaxBoxes * kBoxChannels) refuse("too many hidden channels");
-  const int64_t most = std::numeric_limits<int32_t>::max() / (8 * problem.hidden());
-  if (problem.batch > most / problem.height / problem.width) refuse("a step has too many elements");
+  check_served(problem);
   ResidentProblem resident{};
   resident.batch = static_cast<int>(problem.batch);
   resident.height = static_cast<int>(problem.height);

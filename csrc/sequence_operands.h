@@ -119,6 +119,7 @@ inline cudaStream_t current_stream(const Checker& checker) {
 inline Sizes sizes_of_cells(const char* op, const Tensor& c) {
   STD_TORCH_CHECK(c.dim() == 5, op, ": c must be [steps, batch, height, width, hidden]");
   const Sizes sizes{c.size(1), c.size(0), c.size(4), c.size(2), c.size(3)};
+  STD_TORCH_CHECK(sizes.numel() > 0, op, ": c is empty");
   STD_TORCH_CHECK(sizes.steps <= std::numeric_limits<int32_t>::max() / (sizes.batch * sizes.height * sizes.width), op,
                   ": there must be at most 2^31 - 1 pixels in all steps");
   return sizes;

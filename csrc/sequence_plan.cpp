@@ -29,17 +29,22 @@ int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b)
 
 [[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument("plan: " + reason); }
 
-void check(const SequenceProblem& problem) {
+}  // namespace
+
+void check_served(const SequenceProblem& problem) {
   if (std::min({problem.batch, problem.height, problem.width}) < 1) refuse("the problem is empty");
   if (problem.branches.empty() || problem.branches.size() > 2) refuse("one or two branches are served");
   for (const BranchShape& branch : problem.branches) {
     if (branch.kernel_height % 2 == 0 || branch.kernel_width % 2 == 0) refuse("kernel sizes must be odd");
+    if (std::max(branch.kernel_height, branch.kernel_width) > 2 * kMaxRadius + 1) refuse("the kernel is too large");
     if (branch.channels < 8 || branch.channels % 8 != 0) refuse("hidden channels must be a multiple of 8 per branch");
   }
   if (problem.hidden() > kMaxBoxes * kBoxChannels) refuse("too many hidden channels");
-  if (problem.batch * problem.height * problem.width > std::numeric_limits<int32_t>::max() / (8 * problem.hidden()))
-    refuse("a step has too many elements");
+  const int64_t most = std::numeric_limits<int32_t>::max() / (8 * problem.hidden());
+  if (problem.batch > most / problem.height / problem.width) refuse("a step has too many elements");
 }
+
+namespace {
 
 // The smaller kernel first; one branch cut in two.
 std::array<ColumnGroup, 2> column_groups(const SequenceProblem& problem) {
@@ -100,7 +105,6 @@ void fill_boxes(const std::array<ColumnGroup, 2>& groups, int64_t hidden, Forwar
 
 // The rows of a box, which serve all taps up to the radii.
 void size_boxes(int64_t width, Program& program) {
-  if (std::max(program.radius_y, program.radius_x) > kMaxRadius) refuse("the kernel is too large");
   const int64_t halo = program.radius_y * width + program.radius_x;
   if (halo > std::numeric_limits<int16_t>::max()) refuse("the image is too wide");
   program.halo = static_cast<int>(halo);
@@ -333,7 +337,7 @@ int64_t BackwardPlan::partial_bytes() const {
 }
 
 ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& limits) {
-  check(problem);
+  check_served(problem);
   ForwardPlan plan;
   ForwardProgram& program = plan.program;
   plan.groups = column_groups(problem);
@@ -357,7 +361,8 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
   }
   // Less than a tile, so that no consumer is a whole tile ahead of the other.
   program.stages = std::min(program.stages, program.stages_per_tile - 1);
-  if (program.stages < 1) refuse("a tile has too few products");
+  // A consumer waits for the next one before it gives the last one back.
+  if (program.stages < 2) refuse("a tile has too few products");
   fill_units(steps, plan.taps, problem.width, program);
   for (int consumer = 0; consumer < kConsumers; ++consumer) fill_runs(steps, consumer, program);
 
@@ -369,7 +374,7 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
 }
 
 BackwardPlan plan_backward(const SequenceProblem& problem, const HopperLimits& limits, int pieces) {
-  check(problem);
+  check_served(problem);
   if (problem.hidden() <= kGroupColumns) {
     // Two taps share a stage of weights there, so that a run could not end with each box.
     const BackwardPlan plan = plan_columns(problem, limits, pieces, Columns::kSecond);

@@ -25,6 +25,9 @@ struct SequenceProblem {
   int64_t hidden() const;
 };
 
+// Throws std::invalid_argument with the reason where no kernel for Hopper serves the problem.
+void check_served(const SequenceProblem& problem);
+
 struct HopperLimits {
   int multiprocessors = 132;
   int shared_memory = 232448;  // bytes, of one block

@@ -153,7 +153,7 @@ def draw_kernels(rng: random.Random, total: int | None = None) -> tuple[Kernel, 
 
 
 def draw_structure(rng: random.Random, dtypes: Sequence[str]) -> Problem:
-    """The layer, and what every compiled kernel depends on: options, channels, image size, dtype."""
+    """The layer, and what compiled kernels depend on: options, channels, dtype, and an image size to begin with."""
     kernels = draw_kernels(rng)
     mix = rng.choice(("gate", "full")) if rng.random() < 0.15 else None
     peephole = rng.choice((None, None, None, "channel", "pixel"))

@@ -13,6 +13,7 @@ struct Brain {
   explicit Brain(float value) {
     uint32_t whole;
     std::memcpy(&whole, &value, 4);
+    if (value != value) whole = 0x7fff0000;  // as the GPU makes it
     bits = static_cast<uint16_t>((whole + 0x7fff + (whole >> 16 & 1)) >> 16);
   }
   explicit operator float() const {

@@ -96,6 +96,7 @@ void arrive_and_wait(Barrier& barrier, int threads) {
 }
 
 void __syncthreads() { arrive_and_wait(block().barrier, kBlockThreads); }
+void __syncwarp() {}
 void sync_cluster_blocks() { arrive_and_wait(clusters[blockIdx.x / cluster_blocks], kBlockThreads * cluster_blocks); }
 
 [[noreturn]] void __trap() {

@@ -45,6 +45,15 @@ void launch(Pass pass, const ResidentPlan& plan, const Call& call, void** tensor
 
 extern "C" {
 
+// Whether both halves of a pair are as they should be: what is written is never absent, and nothing else becomes so.
+bool resident_is_told(uint32_t pair) {
+  const auto absent = [](uint32_t half) { return (half & 0xffff) == 0xffff; };
+  const uint32_t written = sm90::present(pair);
+  return sm90::has_absent(uint4{0, 0, pair, 0}) == (absent(pair) || absent(pair >> 16)) &&
+         !sm90::has_absent(uint4{written, 0, 0, 0}) && (absent(pair) || (written & 0xffff) == (pair & 0xffff)) &&
+         (absent(pair >> 16) || written >> 16 == pair >> 16);
+}
+
 // tensors, after those above: biases of both branches, h, c, h_0, c_0.
 void resident_forward(const Call& call, void** tensors) {
   sm90::ResidentForward forward{};

@@ -153,6 +153,13 @@ def close(got, want):
     return (got.double() - want).norm() <= TOLERANCE[torch.bfloat16] * want.norm()
 
 
+def test_what_is_written_is_never_taken_for_absent(host_kernels):
+    told = host_kernels.resident_is_told
+    told.restype, told.argtypes = ctypes.c_bool, [ctypes.c_uint32]
+    neighbours = (0, 0x8000, 0x3F80, 0x7FFF, 0xFFFE, 0xFFFF)
+    assert all(told(half | other << 16) and told(other | half << 16) for half in range(1 << 16) for other in neighbours)
+
+
 @pytest.mark.parametrize("state", [True, False])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_forward(on_the_host, problem, state):

@@ -27,7 +27,7 @@ def random_problem(rng):
     return {
         "batch": rng.choice([1, 2, 7, 16]),
         "height": rng.randint(1, 40),
-        "width": rng.randint(1, 40),
+        "width": rng.choice([rng.randint(1, 40), rng.randint(100, 300)]),
         "branches": [(h, w, 8 * rng.randint(1, 20)) for h, w in kernels],
     }
 
@@ -114,16 +114,19 @@ def test_every_product_once():
 
 
 def test_memory_is_there_when_it_is_used():
+    slots = set()
     for problem, plan in plans():
+        slots.add(plan.box_slots)
         assert_memory_fits(problem, plan)
-        assert 1 <= plan.stages < plan.stages_per_tile, problem
+        assert 2 <= plan.stages < plan.stages_per_tile, problem
         for consumer in (0, 1):
             run_ends = {run["first"] + run["count"] for run in plan.runs(consumer)}
             assert_boxes_are_there(problem, plan.units, plan.box_slots, run_ends)
+    assert {1, 2} < slots
 
 
 def test_every_product_of_a_gradient_once():
-    served = 0
+    served, slots = 0, set()
     for problem, plan in plans(_C.plan_backward):
         served += 1
         assert_memory_fits(problem, plan, 2 * plan.batch * CHUNK_BYTES)
@@ -132,6 +135,7 @@ def test_every_product_of_a_gradient_once():
         for piece in plan.pieces:
             units = plan.units[piece["first"] : piece["first"] + piece["count"]]
             assert units, problem
+            slots.add(plan.box_slots)
             # Where there is room for one box, a run ends with it, which must not part two taps of a stage.
             assert plan.box_slots > 1 or plan.tile_channels == 128, problem
             run_ends = (
@@ -161,6 +165,7 @@ def test_every_product_of_a_gradient_once():
         assert plan.packed_bytes == plan.tiles_n * plan.stages_per_tile * STAGE_BYTES, problem
         assert 1 <= plan.blocks <= min(132, plan.items), problem
     assert served > 300
+    assert slots == {1, 2}
 
 
 def test_pieces_are_even():

@@ -29,6 +29,10 @@ PROBLEMS = {
     "small_35": (1, 6, (32, 32), [(3, 32), (5, 32)]),
     "small_batch": (8, 5, (13, 16), [(5, 16), (3, 8)]),
     "wide": (1, 4, (3, 150), [(5, 24)]),
+    "wide_boxes": (1, 4, (3, 150), [(5, 72)]),  # one at a time
+    "short_tiles": (2, 4, (90, 90), [((1, 3), 8)]),  # many a block
+    "pointwise": (2, 4, (33, 32), [(1, 192)]),
+    "few_products": (2, 4, (33, 32), [(1, 128)]),  # refused by streamed kernels
     "crossed_kernels": (2, 4, (10, 11), [((3, 5), 16), ((7, 3), 24)]),
     "channels_in_two_boxes": (1, 4, (12, 9), [(3, 56), (3, 64)]),
 }

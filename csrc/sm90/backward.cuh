@@ -16,7 +16,7 @@
 
 namespace mkconvlstm::sm90 {
 
-// Each has 96 registers at the launch: producers give up as many as consumers take.
+// Each has 96 registers at the launch: producers and finishers give up as many as consumers take.
 constexpr int kBackwardThreads = 32 * kProducerWarps + kConsumerThreads + kFinisherThreads;
 
 // All items of this block, at each step from the first one down to the last.

@@ -17,10 +17,17 @@ constexpr int kThreads = 32 * (kProducerWarps + 4 * kConsumers);
 constexpr int kTileChannels = kGroupColumns / 4;
 constexpr int kPublishThreads = 128 * kConsumers + 32;
 
-// Named barriers: 1 + group, and one after each tile without products, which is all that keeps consumers from being a
-// tile ahead of one another and of what publishes their tiles.
+// Named barriers: 1 + group, and one after each short tile, which is all that keeps consumers from being a tile ahead of
+// one another and of what publishes their tiles.
 __device__ __forceinline__ int finished_barrier(int group) { return 1 + group; }
 constexpr int kTileBarrier = 3;
+constexpr int kShortTile = 8;  // stages of weights: more of them take longer than it takes to publish two groups
+
+__device__ __forceinline__ bool has_products(const Forward& params, int step) { return step > 0 || params.has_h_0; }
+
+__device__ __forceinline__ bool ends_at_barrier(const Forward& params, int step) {
+  return !has_products(params, step) || params.program.stages_per_tile <= kShortTile;
+}
 
 struct Tile {
   int step, m, n;
@@ -209,7 +216,7 @@ __device__ __forceinline__ void publish_tiles(const Forward& params) {
       for (int group = 0; group < 2; ++group) {
         sync_threads(finished_barrier(group), kPublishThreads);
         if (threadIdx.x % 32 == 0) publish(params.counters + group * params.tiles_m + tile % params.tiles_m);
-        if (group == 0 && step == 0 && !params.has_h_0) sync_threads(kTileBarrier, kPublishThreads);
+        if (group == 0 && ends_at_barrier(params, step)) sync_threads(kTileBarrier, kPublishThreads);
       }
     }
   }
@@ -231,7 +238,7 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
   int placed = -1;
 
   for (int step = 0; step < params.steps; ++step) {
-    const bool has_products = step > 0 || params.has_h_0;
+    const bool multiplies = has_products(params, step);
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
       const Tile tile{step, index % params.tiles_m, index / params.tiles_m};
       if (index != placed) {  // many blocks have one tile alone
@@ -257,18 +264,15 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
           gates.finish(first, tile, 0);
           gates.load(tile, 1);
         }
-        if (!has_products || run.count == 0) continue;
+        if (!multiplies || run.count == 0) continue;
         if (run.columns == Columns::kBoth) {
           multiply_run<Columns::kBoth, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
         } else {
           multiply_run<Columns::kSecond, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
         }
       }
-      if (has_products) {
-        boxes = boxes.at(program, program.box_count);
-      } else {
-        sync_threads(kTileBarrier, kPublishThreads);
-      }
+      if (multiplies) boxes = boxes.at(program, program.box_count);
+      if (ends_at_barrier(params, step)) sync_threads(kTileBarrier, kPublishThreads);
 #pragma unroll
       for (int i = 0; i < 32; ++i) finished[i] = second[i];
       before = tile;

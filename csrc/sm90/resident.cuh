@@ -34,7 +34,8 @@ struct ResidentPlace {
   }
 };
 
-// Elements of an exchange buffer say themselves whether they have been written: no counter and no fence is needed.
+// Elements of an exchange buffer say themselves whether they have been written: no counter and no fence is needed. They
+// are written by halves or more and read by 16 bytes, which the hardware does not tear within a half.
 __device__ __forceinline__ bool has_absent(const uint4& elements) {
   const auto absent = [](uint32_t pair) { return (~pair - 0x00010001u) & pair & 0x80008000u; };  // a half is all ones
   return (absent(elements.x) | absent(elements.y) | absent(elements.z) | absent(elements.w)) != 0;

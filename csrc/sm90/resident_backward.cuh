@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   const int last = params.dh_0 == nullptr ? 0 : -1;
 #pragma unroll 1
   for (int step = params.steps - 1; step >= last; --step) {
+    __syncwarp();  // after those that have no cell
     ResidentGradient<T> own{};
     if (there && step >= 0) {
       const T* gates = gates_of(step);

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 
 #pragma unroll 1
   for (int step = 0; step < params.steps; ++step) {
+    __syncwarp();  // after those that have no cell
     T* gates = static_cast<T*>(operands.gates) + (int64_t{step} * pixels + place.pixel) * 4 * branch.channels + channel;
     T z[4] = {};
     if (place.inside) {

@@ -25,7 +25,7 @@ from ..fuzz_problems import Kernel, Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("bench-results")
-HOST_TESTS = ("gate_step", "fourier", "plan", "sequence_plan", "exactness")
+HOST_TESTS = ("gate_step", "fourier", "plan", "sequence_plan", "resident", "exactness")
 # Parts of the mangled names of our kernels, CUDA's and Triton's: torch's own, but for a few, are not looked at.
 KERNELS = (
     "forward_kernel", "backward_kernel", "finish_kernel", "gate_step_kernel",

@@ -84,9 +84,6 @@ __device__ __forceinline__ void pin(float (&registers)[kRegisters]) {
   for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Computed here and not later.
-__device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
-
 __device__ __forceinline__ void pin(uint32_t (&fragment)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(fragment[i])::"memory");

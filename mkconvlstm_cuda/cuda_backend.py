@@ -45,8 +45,9 @@ def forward(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`aten.forward`; ``bias`` [4F] is added to z."""
-    if sm90.refusal(z, hidden, peephole) is None:
-        return sm90.forward(z, hidden, h_0, c_0, keep, bias)
+    for kernels in sm90.KERNELS:
+        if sm90.refusal(z, hidden, peephole, "forward", kernels) is None:
+            return sm90.forward(z, hidden, h_0, c_0, keep, bias, kernels)
     for family in (sm80, simt):
         if family.refusal(z, hidden) is None:
             return family.forward(z, hidden, h_0, c_0, peephole, output_peephole, keep, bias)
@@ -58,11 +59,13 @@ def forward(
 
 def backward(gates: list[Tensor], h: Tensor, c: Tensor, hidden: TransitionWeights, h_0, c_0, peephole, *args):
     """See :func:`aten.backward`. Triton's kernels run where Hopper's only ran forward, or are slower."""
+    _, dh, dc_n, lengths = args
+    if sm90.refusal(gates, hidden, peephole, "backward", "resident") is None:
+        return sm90.backward(gates, c, hidden, h_0, c_0, dh, dc_n, lengths, "resident")
     serves = [sm90.refusal(gates, hidden, peephole, direction) is None for direction in ("backward", "forward")]
     has_triton = any(serves) and triton_backend.available() is None
     batch, _, _, *image = gates[0].shape
     if serves[0] and (not has_triton or sm90.fills(batch, *image, sum(hidden.sizes), gates[0].device)):
-        _, dh, dc_n, lengths = args
         return sm90.backward(gates, c, hidden, h_0, c_0, dh, dc_n, lengths)
     args = (h_0, c_0, peephole, *args)
     if has_triton:

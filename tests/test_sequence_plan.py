@@ -255,11 +255,13 @@ def test_refusal_of_operands(change, reason, direction, monkeypatch):
         (27, ("backward",), True, "sm90"),
         (27, (), True, "aten"),
         (27, ("forward",), False, "aten"),
+        (26, ("forward", "backward", "resident"), True, "sm90"),
+        (26, ("resident",), True, "sm90"),
     ],
 )
 def test_who_runs_backward(batch, served, triton, wanted, monkeypatch):
     monkeypatch.setattr(sm90, "device_limits", lambda _: (132, 232448))
-    monkeypatch.setattr(sm90, "refusal", lambda *args: None if args[3] in served else "no")
+    monkeypatch.setattr(sm90, "refusal", lambda *args: None if args[-1] in served else "no")
     monkeypatch.setattr(triton_backend, "available", lambda: None if triton else "no")
     for family in (sm80, simt):
         monkeypatch.setattr(family, "refusal", lambda *_: "no")
@@ -282,6 +284,7 @@ def test_auto_takes_the_kernels_where_they_are_fastest(monkeypatch):
 
     assert {chosen(**problem) for problem in WORKLOADS.values()} == {"cuda"}
     small = {"batch": 1, "height": 32, "width": 32, "branches": [(3, 3, 32), (5, 5, 32)]}
-    assert chosen(**small) == "triton"
+    assert chosen(**small) == "cuda"
+    assert chosen(**{**small, "batch": 2}) == "triton"
     assert chosen(**WORKLOADS["paper_mk35"], plain=False) == "triton"
     assert chosen(**WORKLOADS["paper_mk35"], dtype=torch.float32) == "triton"

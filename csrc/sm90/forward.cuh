@@ -79,12 +79,27 @@ class GateStep {
     }
   }
 
-  // sums: the hidden-to-hidden part of the pre-activations; overwritten. Publishes h_t first, then stores the rest.
+  // The biases, which the products are added to.
+  __device__ __forceinline__ void begin(float (&sums)[32], Tile tile, int group) const {
+    const GroupOperands& g = params_.groups[group];
+    const int channel = tile.n * kTileChannels + channel_;
+    const bool biased = g.bias != nullptr && channel < g.channels;
+#pragma unroll
+    for (int gate = 0; gate < 4; ++gate) {
+      float4 bias{};
+      if (biased)
+        bias = *reinterpret_cast<const float4*>(g.bias + gate * g.branch_channels + g.first_in_branch + channel);
+      const float values[4] = {bias.x, bias.y, bias.z, bias.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[at(gate, 0, k)] = sums[at(gate, 1, k)] = values[k];
+    }
+  }
+
+  // sums: the hidden-to-hidden part of the pre-activations, with the biases; overwritten. Publishes h_t first, then stores the rest.
   __device__ __forceinline__ void finish(float (&sums)[32], Tile tile, int group) {
     const GroupOperands& g = params_.groups[group];
     T* state = static_cast<T*>(params_.state) + (tile.step + 1) % 2 * params_.pixels * params_.hidden;
     uint2 h[2];
-    if (g.bias != nullptr && there_[0]) add_bias(sums, g, tile.n * kTileChannels + channel_);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float values[4], cells[4] = {c_[half].x, c_[half].y, c_[half].z, c_[half].w};
@@ -128,20 +143,6 @@ class GateStep {
     const uint2 z = z_[half][gate];
     const float2 pair = HalfMath<T>::unpack(k < 2 ? z.x : z.y);
     return k % 2 == 0 ? pair.x : pair.y;
-  }
-
-  static __device__ __forceinline__ void add_bias(float (&sums)[32], const GroupOperands& g, int channel) {
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate) {
-      const float4 bias =
-          *reinterpret_cast<const float4*>(g.bias + gate * g.branch_channels + g.first_in_branch + channel);
-      const float values[4] = {bias.x, bias.y, bias.z, bias.w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        sums[at(gate, 0, k)] += values[k];
-        sums[at(gate, 1, k)] += values[k];
-      }
-    }
   }
 
   __device__ __forceinline__ void store(const float (&sums)[32], const uint2 (&h)[2], int step,
@@ -248,8 +249,8 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
                    params.width);
       }
       if (!pending) gates.load(tile, 0);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) first[i] = second[i] = 0;
+      gates.begin(first, tile, 0);
+      gates.begin(second, tile, 1);
 
 #pragma unroll 1
       for (int r = 0; r < program.run_count[consumer]; ++r) {

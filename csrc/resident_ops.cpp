@@ -56,7 +56,7 @@ void sm90_resident_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, Opti
 
 void sm90_resident_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, OptionalTensor weight_1, Tensor c,
                             OptionalTensor c_0, OptionalTensor dh, OptionalTensor dc_n, OptionalTensor lengths,
-                            OptionalTensor dh_0, Tensor dc) {
+                            OptionalTensor dh_0, Tensor dc, OptionalTensor dbias) {
   const char* op = "sm90_resident_backward";
   const Checker checker(op, gates_0);
   const Sizes sizes = sizes_of_cells(op, c);
@@ -66,6 +66,8 @@ void sm90_resident_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weigh
   const ResidentPlan plan = plan_resident_backward(branches.problem, device_limits(checker.device(), op));
   auto backward = new_pass<sm90::ResidentBackward>(plan, sizes, branches);
   read_gradients(op, checker, sizes, c, c_0, dh, dc_n, lengths, dh_0, dc, backward);
+  const int64_t bias_elements = 4 * int64_t{plan.problem.pixels()} * plan.problem.hidden;
+  backward.dbias = checker.read<float>(dbias, "dbias", bias_elements, ScalarType::Float);
   const cudaStream_t stream = current_stream(checker);
   const Tensor exchange = new_exchange(c, 4 * sizes.numel(), stream, op);
   backward.exchange = exchange.data_ptr();

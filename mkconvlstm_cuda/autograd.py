@@ -11,10 +11,18 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import layout, ops, reference
-from .backward import LayerBackward, images_of, pieces
-from .convolution import TransitionWeights, channels_last, sequence_of, time_major, transition_forward, transition_parts
+from .backward import LayerBackward, pieces
+from .convolution import (
+    TransitionWeights,
+    channels_last,
+    images_of,
+    sequence_of,
+    time_major,
+    transition_forward,
+    transition_parts,
+)
 from .dispatch import BACKENDS
-from .interleaving import join_gates, repart
+from .interleaving import repart
 
 
 def has_autocast(device: torch.device) -> bool:
@@ -222,7 +230,7 @@ class SequenceFunction(Function):
             run.dh_0 if needs_h_0 else None,
             run.dc_0 if needs_c_0 else None,
             run.dpeephole,
-            None if run.dbias is None else join_gates(run.dbias).to(bias.dtype),
+            None if run.dbias is None else run.dbias.to(bias.dtype),
             None,
             *map(as_parameter, (*run.input_grads, *run.hidden_grads)),
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import aten, layout, ops
-from .convolution import TransitionWeights, input_gradient, premix, sequence_of, time_major, weight_gradients
+from .convolution import TransitionWeights, images_of, input_gradient, premix, sequence_of, time_major, weight_gradients
 from .interleaving import repart
 
 SPAN_BYTES = 32 << 20  # that a span may always take
@@ -68,15 +68,14 @@ class LayerBackward:
     dh_0: Tensor | None = None  # of the state before the steps whose recurrence ran last
     dc_0: Tensor | None = None
     dx: Tensor | None = None  # [B, T, C, H, W], where needs_x
+    dbias: Tensor | None = None  # [4F], where needs_bias
     input_grads: list[Tensor | None] = field(init=False)
     hidden_grads: list[Tensor | None] = field(init=False)
     dpeephole: Tensor | None = field(init=False)
-    dbias: list[Tensor | None] | None = field(init=False)  # [4*F_p] of each part
 
     def __post_init__(self):
         self.input_grads, self.hidden_grads = [None] * len(self.needs_input), [None] * len(self.needs_hidden)
         self.dpeephole = torch.zeros_like(self.peephole) if self.needs_peephole else None
-        self.dbias = [None] * len(self.w_h.parts) if self.needs_bias else None
 
     @property
     def spans(self) -> list[slice]:
@@ -94,8 +93,6 @@ class LayerBackward:
         self.c = self.dc_n = None  # not needed any more, and large
         if self.c_0 is None:
             self.dc_0 = None
-        if self.needs_bias:
-            self.bias(images_of(gates))
         for here in self.spans:
             self.weights(images_of([p[:, here] for p in gates]), here)
         if self.needs_x:
@@ -121,8 +118,6 @@ class LayerBackward:
             self.recurrence(gates, here, c, c_0)
             del c
             images = images_of(gates)
-            if self.needs_bias:
-                self.bias(images)
             self.weights(images, here)
             if self.needs_x:
                 self.input(images, here)
@@ -145,16 +140,14 @@ class LayerBackward:
         elif lengths is not None:
             lengths = lengths - here.start
         w = self.w_h
-        self.dh_0, self.dc_0 = ops.sequence_backward(
+        self.dh_0, self.dc_0, dbias = ops.sequence_backward(
             gates, self.h[:, here], c, w.tensors(), *w.form, self.h_before(here.start), c_0, self.peephole,
-            self.output_peephole, dh, dc_n, lengths, self.backend,
+            self.output_peephole, dh, dc_n, lengths, self.needs_bias, self.backend,
         )  # fmt: skip
+        if self.needs_bias:
+            self.dbias = dbias if self.dbias is None else self.dbias + dbias
         if self.dpeephole is not None:
             self.dpeephole += aten.peephole_gradient(gates, c, c_0, self.peephole, self.output_peephole)
-
-    def bias(self, images: list[Tensor]) -> None:
-        """Add what some steps' ``images`` have to say of the bias' gradient."""
-        add(self.dbias, list(map(layout.channel_sums, images)))
 
     def weights(self, images: list[Tensor], here: slice) -> None:
         """Add what the steps ``here`` have to say of all weights' gradients."""
@@ -179,11 +172,6 @@ class LayerBackward:
         if self.dx is None:
             self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
         layout.copy(self.dx[:, here], dx)
-
-
-def images_of(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Parts [B, T, 4*F_p, H, W] as images [T*B, 4*F_p, H, W], channels-last to the last stride."""
-    return [p.permute(1, 0, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2) for p in parts]
 
 
 def add(totals: list[Tensor | None], grads: list[Tensor | None]) -> None:

@@ -224,6 +224,11 @@ def sequence_of(images: Tensor, steps: int) -> Tensor:
     return images.unflatten(0, (steps, images.shape[0] // steps)).transpose(0, 1)
 
 
+def images_of(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Parts [B, T, 4*F_p, H, W] as images [T*B, 4*F_p, H, W], channels-last to the last stride."""
+    return [p.permute(1, 0, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2) for p in parts]
+
+
 def stand_in(dy: Tensor, channels: int) -> Tensor:
     """Channels-last images [N, ``channels``, H, W] for ``dy`` [N, ..., H, W], for an input whose values nobody reads.
 

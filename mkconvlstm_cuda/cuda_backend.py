@@ -58,19 +58,22 @@ def forward(
 
 
 def backward(gates: list[Tensor], h: Tensor, c: Tensor, hidden: TransitionWeights, h_0, c_0, peephole, *args):
-    """See :func:`aten.backward`. Triton's kernels run where Hopper's only ran forward, or are slower."""
-    _, dh, dc_n, lengths = args
+    """See :func:`aten.backward`; one more argument says whether the gradient of b is wanted, None if kernels sum none.
+
+    Triton's kernels run where Hopper's only ran forward, or are slower.
+    """
+    _, dh, dc_n, lengths, needs_bias = args
     if sm90.refusal(gates, hidden, peephole, "backward", "resident") is None:
-        return sm90.backward(gates, c, hidden, h_0, c_0, dh, dc_n, lengths, "resident")
+        return sm90.backward(gates, c, hidden, h_0, c_0, dh, dc_n, lengths, needs_bias, "resident")
     serves = [sm90.refusal(gates, hidden, peephole, direction) is None for direction in ("backward", "forward")]
     has_triton = any(serves) and triton_backend.available() is None
     batch, _, _, *image = gates[0].shape
     if serves[0] and (not has_triton or sm90.fills(batch, *image, sum(hidden.sizes), gates[0].device)):
-        return sm90.backward(gates, c, hidden, h_0, c_0, dh, dc_n, lengths)
-    args = (h_0, c_0, peephole, *args)
+        return sm90.backward(gates, c, hidden, h_0, c_0, dh, dc_n, lengths, needs_bias)
+    args = (gates, h, c, hidden, h_0, c_0, peephole, *args)
     if has_triton:
-        return triton_backend.backward(gates, h, c, hidden, *args)
+        return triton_backend.backward(*args)
     for family in (sm80, simt):
         if family.refusal(gates, hidden) is None:
-            return family.backward(gates, h, c, hidden, *args)
-    return aten.backward(gates, h, c, hidden, *args, gate_step_backward=compiled.gate_step_backward)
+            return (*family.backward(*args[:-1]), None)
+    return (*aten.backward(*args[:-1], gate_step_backward=compiled.gate_step_backward), None)

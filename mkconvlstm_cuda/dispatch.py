@@ -59,7 +59,9 @@ class Backend:
     forward: Callable | None = None
     backward: Callable | None = None
     fastest: Callable[[Problem], bool] = lambda problem: False
-    adds_bias: bool = False  # whether ``forward`` takes b as one more argument; else it is in z
+    # Whether ``forward`` takes b as one more argument (else it is in z), and ``backward`` whether the gradient of b is
+    # wanted, which it returns as well, or None where the gradients of z are still to be summed.
+    adds_bias: bool = False
 
 
 class Refusal(ValueError):

@@ -8,7 +8,6 @@ from torch import Tensor
 from . import triton_backend
 
 FEWEST = 1 << 19  # elements that our own copy pays for: torch's is slow on the GPU, ours takes longer to launch
-FEWEST_SUMMED = 1 << 22
 
 
 def has_kernels(*tensors: Tensor) -> bool:
@@ -52,9 +51,16 @@ def as_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
 def channel_sums(images: Tensor) -> Tensor:
     """``images.sum((0, 2, 3))`` for ``images`` [N, C, H, W]: [C], float32 for half types."""
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
-    if images.numel() >= FEWEST_SUMMED and has_kernels(images) and channels_last and images.dtype != torch.float64:
+    if images.numel() >= FEWEST and channels_last:
+        return row_sums(images.permute(0, 2, 3, 1).flatten(0, 2))
+    return images.sum((0, 2, 3), dtype=torch.promote_types(images.dtype, torch.float32))
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """``rows.sum(0)`` for contiguous ``rows`` [N, C]: [C], float32 for half types."""
+    if rows.numel() > 0 and has_kernels(rows) and rows.dtype != torch.float64:
         from .triton_kernels import layout
 
-        with torch.cuda.device_of(images):
-            return layout.channel_sums(images)
-    return images.sum((0, 2, 3), dtype=torch.promote_types(images.dtype, torch.float32))
+        with torch.cuda.device_of(rows):
+            return layout.row_sums(rows)
+    return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from . import aten
-from .convolution import TransitionWeights
+from . import aten, layout
+from .convolution import TransitionWeights, images_of
 from .dispatch import BACKENDS
+from .interleaving import join_gates
 from .reference import accumulate_dtype
 
 _library = torch.library.Library("mkconvlstm", "FRAGMENT")
@@ -23,7 +24,7 @@ _library.define(
 )
 _library.define(
     f"sequence_backward(Tensor(a!)[] gates, Tensor h, Tensor c, {_SHARED}, Tensor? dh, Tensor? dc_n, Tensor? lengths,"
-    " str backend) -> (Tensor, Tensor)"
+    " bool needs_bias, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -58,7 +59,21 @@ def _sequence_forward_fake(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, o
 
 
 def _sequence_backward(
-    gates, h, c, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths, backend
+    gates,
+    h,
+    c,
+    hidden,
+    dilations,
+    mix_tanh,
+    h_0,
+    c_0,
+    peephole,
+    output_peephole,
+    dh,
+    dc_n,
+    lengths,
+    needs_bias,
+    backend,
 ):
     """Backward through all T steps; weight gradients are left to :func:`convolution.weight_gradients`.
 
@@ -68,20 +83,43 @@ def _sequence_backward(
         dh: [B, T, F, H, W], gradient of every h_t from outside the recurrence, or None for zeros.
         dc_n: [B, F, H, W], gradient of the last cell state, c at ``lengths - 1`` where those are given; or None.
         lengths: [B] int64, or None where every sequence has T steps.
+        needs_bias: whether the gradient of what is added to z at each step is wanted.
 
     Returns:
-        dh_0 [B, F, H, W] in z's dtype, empty (0 elements) when h_0 is None; dc_0 [B, F, H, W], accumulate dtype.
+        dh_0 [B, F, H, W] in z's dtype, empty (0 elements) when h_0 is None; dc_0 [B, F, H, W], accumulate dtype; the
+        sum of the gradients of z over all but its channels, [4F], gate-major, accumulate dtype, or empty.
     """
     w = TransitionWeights.from_tensors(hidden, dilations, mix_tanh)
-    dh_0, dc_0 = BACKENDS[backend].backward(gates, h, c, w, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths)
-    return h.new_empty(0) if dh_0 is None else dh_0, dc_0
+    chosen = BACKENDS[backend]
+    args = (gates, h, c, w, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths)
+    dh_0, dc_0, dbias = chosen.backward(*args, needs_bias) if chosen.adds_bias else (*chosen.backward(*args), None)
+    if not needs_bias:
+        dbias = dc_0.new_empty(0)
+    elif dbias is None:
+        dbias = join_gates([layout.channel_sums(images) for images in images_of(gates)])
+    return h.new_empty(0) if dh_0 is None else dh_0, dc_0, dbias
 
 
 def _sequence_backward_fake(
-    gates, h, c, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths, backend
+    gates,
+    h,
+    c,
+    hidden,
+    dilations,
+    mix_tanh,
+    h_0,
+    c_0,
+    peephole,
+    output_peephole,
+    dh,
+    dc_n,
+    lengths,
+    needs_bias,
+    backend,
 ):
     dc_0 = aten.empty_states(gates, 1, accumulate_dtype(h.dtype))[:, 0]
-    return h.new_empty(0) if h_0 is None else torch.empty_like(dc_0, dtype=h.dtype), dc_0
+    dh_0 = h.new_empty(0) if h_0 is None else torch.empty_like(dc_0, dtype=h.dtype)
+    return dh_0, dc_0, dc_0.new_empty(4 * dc_0.shape[1] if needs_bias else 0)
 
 
 def _below_autograd(name: str):

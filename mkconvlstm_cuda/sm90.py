@@ -13,10 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import layout
 from .convolution import TransitionWeights, whole_bias
 from .interleaving import split_gates
 
 KERNELS = ("resident", "streamed")  # the faster ones first
+TILE_PIXELS = 128
+TILE_BIAS_ROWS = 8
 RESIDENT = "resident_"  # in the names of these kernels' plans and operations
 
 
@@ -70,7 +73,7 @@ def fills(batch: int, height: int, width: int, channels: int, device: torch.devi
     and three quarters, backward; one of 32 takes half as long again, and an eighth more.
     """
     limits = device_limits(device)
-    return not isinstance(limits, str) and -(-batch * height * width // 128) * -(-channels // 16) >= limits[0]
+    return not isinstance(limits, str) and -(-batch * height * width // TILE_PIXELS) * -(-channels // 16) >= limits[0]
 
 
 @functools.cache
@@ -189,8 +192,9 @@ def backward(
     dh: Tensor | None,
     dc_n: Tensor | None,
     lengths: Tensor | None,
+    needs_bias: bool,
     kernels: str = "streamed",
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Backward through all T steps.
 
     Args:
@@ -203,14 +207,17 @@ def backward(
         dh: [B, T, F, H, W] in the gates' dtype, of any strides, from outside the recurrence; or None for zeros.
         dc_n: [B, F, H, W], the gradient of the last cell state, that after ``lengths`` [B] steps where those are given;
             or None for zeros.
+        needs_bias: whether the gradient of the biases is wanted.
         kernels: as for :func:`forward`.
 
     Returns:
-        dh_0 [B, F, H, W] in the gates' dtype, or None without h_0; dc_0 [B, F, H, W] float32.
+        dh_0 [B, F, H, W] in the gates' dtype, or None without h_0; dc_0 [B, F, H, W] float32; with ``needs_bias`` the
+        sum of all gradients of pre-activations, [4F] float32, gate-major, else None.
     """
     batch, _, _, height, width = gates[0].shape
     dc = c.new_empty((batch, height, width, sum(hidden.sizes)), dtype=torch.float32)
     dh_0 = None if h_0 is None else torch.empty_like(dc, dtype=gates[0].dtype)
+    dbias = bias_sums(dc, kernels) if needs_bias else None
     operation("backward", kernels)(
         *pair([in_place(part) for part in gates]),
         *pair([aligned(b.weight.contiguous()) for b in hidden.branches]),
@@ -221,5 +228,15 @@ def backward(
         None if lengths is None else aligned(lengths.contiguous()),
         dh_0,
         dc,
+        dbias,
     )
-    return None if dh_0 is None else dh_0.permute(0, 3, 1, 2), dc.permute(0, 3, 1, 2)
+    dh_0 = None if dh_0 is None else dh_0.permute(0, 3, 1, 2)
+    return dh_0, dc.permute(0, 3, 1, 2), None if dbias is None else layout.row_sums(dbias)
+
+
+def bias_sums(dc: Tensor, kernels: str) -> Tensor:
+    """What "backward" wants for the biases' gradients, [rows, 4F]; ``dc`` [B, H, W, F]."""
+    pixels, channels = dc.numel() // dc.shape[-1], dc.shape[-1]
+    if kernels == "resident":
+        return dc.new_empty((pixels, 4 * channels))
+    return dc.new_zeros((-(-pixels // TILE_PIXELS) * TILE_BIAS_ROWS, 4 * channels))

@@ -82,8 +82,8 @@ def forward(z, *args):
 
 
 def backward(gates, *args):
-    """See :func:`aten.backward`."""
+    """See :func:`aten.backward`, but for its last argument, whether the gradient of b is wanted, and None for that."""
     from .triton_kernels import launch
 
     with torch.cuda.device_of(gates[0]):
-        return launch.backward(gates, *args)
+        return (*launch.backward(gates, *args[:-1]), None)

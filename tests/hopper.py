@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mkconvlstm_cuda import aten
 from mkconvlstm_cuda.convolution import BranchWeights, TransitionWeights
+from mkconvlstm_cuda.interleaving import join_gates
 
 # A gate is rounded once, where it is stored; h and c come from what is not yet rounded. Backward multiplies gradients
 # that are rounded as they are stored.
@@ -65,12 +66,12 @@ def equations(z, weights, h_0, c_0):
 
 
 def gradients(gates, c, weights, h_0, c_0, dh, dc_n, lengths):
-    """dz of each branch, dc_0 and dh_0, in float64."""
+    """dz of each branch, dc_0, their sums [4F], gate-major, and dh_0, in float64."""
     h_0, c_0, dh, dc_n, c = (None if t is None else t.double() for t in (h_0, c_0, dh, dc_n, c))
     dz = [part.double() for part in gates]
     weights = weights.to(torch.float64)
     dh_0, dc_0 = aten.backward(dz, torch.zeros_like(c), c, weights, h_0, c_0, None, "previous", dh, dc_n, lengths)
-    return [*dz, dc_0, *([] if dh_0 is None else [dh_0])]
+    return [*dz, dc_0, join_gates([part.sum((0, 1, 3, 4)) for part in dz]), *([] if dh_0 is None else [dh_0])]
 
 
 def strided(x):

@@ -66,7 +66,7 @@ void resident_forward(const Call& call, void** tensors) {
   launch(forward, plan_resident_forward(problem_of(call), limits_of(call)), call, tensors, 1);
 }
 
-// tensors, after those above: c, c_0, dh, dc_n, lengths, dh_0, dc.
+// tensors, after those above: c, c_0, dh, dc_n, lengths, dh_0, dc, dbias.
 void resident_backward(const Call& call, void** tensors) {
   sm90::ResidentBackward backward{};
   backward.c = tensors[4];
@@ -81,6 +81,7 @@ void resident_backward(const Call& call, void** tensors) {
   backward.lengths = static_cast<const int64_t*>(tensors[8]);
   backward.dh_0 = tensors[9];
   backward.dc = static_cast<float*>(tensors[10]);
+  backward.dbias = static_cast<float*>(tensors[11]);
   launch(backward, plan_resident_backward(problem_of(call), limits_of(call)), call, tensors, 4);
 }
 

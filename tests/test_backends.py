@@ -238,8 +238,9 @@ def test_operation_passes_opcheck():
         torch.library.opcheck(torch.ops.mkconvlstm.sequence_forward, args)
     gates = [torch.rand(3, 2, 4, 5, 8).permute(1, 0, 4, 2, 3)]
     h, c = torch.randn(2, 3, 2, 4, 5), torch.randn(3, 2, 4, 5, 2).permute(1, 0, 4, 2, 3)
-    args = (gates, h, c, hidden, [1, 1], False, h_0, c_0, None, "previous", torch.randn_like(h), c_0, None, "aten")
-    torch.library.opcheck(torch.ops.mkconvlstm.sequence_backward, args)
+    args = (gates, h, c, hidden, [1, 1], False, h_0, c_0, None, "previous", torch.randn_like(h), c_0, None)
+    for needs_bias in (True, False):
+        torch.library.opcheck(torch.ops.mkconvlstm.sequence_backward, (*args, needs_bias, "aten"))
 
 
 def test_operation_is_opaque_to_autograd_and_export():

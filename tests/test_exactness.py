@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mkconvlstm_cuda import autograd, ops
 from mkconvlstm_cuda.convolution import BranchWeights, TransitionWeights, input_gradient, weight_gradients
+from mkconvlstm_cuda.interleaving import join_gates
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -92,9 +93,9 @@ def test_hidden_convolutions_gradient_is_exact(backend, device, name, dtype):
         [values.expand(4, n, *IMAGE).flatten(0, 1).expand(BATCH, -1, -1, -1) for n in sizes], 1, dtype, device
     )
     h, c = (torch.zeros(BATCH, 1, hidden, *IMAGE, dtype=d, device=device) for d in (dtype, torch.float32))
-    dh_0, dc_0 = ops.sequence_backward(
+    dh_0, dc_0, dbias = ops.sequence_backward(
         gates, h, c, w.tensors(), *w.form, h_0.to(device, dtype), c_0.to(device, torch.float32), None, "previous",
-        dh.to(device, dtype)[:, None], None, None, backend,
+        dh.to(device, dtype)[:, None], None, None, True, backend,
     )  # fmt: skip
     exact = sum(
         torch.nn.grad.conv2d_input(shape, b.weight.double().cpu(), d, padding=b.padding)
@@ -103,6 +104,7 @@ def test_hidden_convolutions_gradient_is_exact(backend, device, name, dtype):
     assert exact.abs().max() <= 2**8
     assert torch.equal(dh_0.double().cpu(), exact)
     assert torch.equal(dc_0.double().cpu(), dc / 2)
+    assert torch.equal(dbias.double().cpu(), join_gates([d.sum((0, 2, 3)) for d in dz]))
     for got, wanted in zip(gates, dz, strict=True):
         assert torch.equal(got[:, 0].double().cpu(), wanted)
 

@@ -130,13 +130,13 @@ class OnTheHost:
         tensors = (z_0, z_1, weight_0, weight_1, bias_0, bias_1, h, c, h_0, c_0)
         self.call("forward", (batch, steps, *size), (weight_0, weight_1), (keep, 0, 0, 0, 0, 0), tensors)
 
-    def backward(self, gates_0, gates_1, weight_0, weight_1, c, c_0, dh, dc_n, lengths, dh_0, dc):
+    def backward(self, gates_0, gates_1, weight_0, weight_1, c, c_0, dh, dc_n, lengths, dh_0, dc, dbias):
         steps, batch, *size, _ = c.shape
-        for result in (dh_0, dc):
+        for result in (dh_0, dc, dbias):
             if result is not None:
                 result.fill_(float("nan"))
         strides = (0,) * 4 if dh is None else dh.stride()
-        tensors = (gates_0, gates_1, weight_0, weight_1, c, c_0, dh, dc_n, lengths, dh_0, dc)
+        tensors = (gates_0, gates_1, weight_0, weight_1, c, c_0, dh, dc_n, lengths, dh_0, dc, dbias)
         options = (0, c.dtype != torch.float32, *strides)
         self.call("backward", (batch, steps, *size), (weight_0, weight_1), options, tensors)
 
@@ -178,8 +178,8 @@ def test_backward(on_the_host, problem, how):
     z, weights, h_0, c_0 = make(PROBLEMS[problem], torch.bfloat16, how != "no state", "cpu")
     gates, c, dh, dc_n, lengths = make_backward(z, sum(weights.sizes), torch.bfloat16, how)
     want = gradients(gates, c, weights, h_0, c_0, dh, dc_n, lengths)
-    dh_0, dc_0 = sm90.backward(gates, c, weights, h_0, c_0, dh, dc_n, lengths, "resident")
-    assert all(map(close, [*gates, dc_0, *([] if dh_0 is None else [dh_0])], want))
+    dh_0, dc_0, dbias = sm90.backward(gates, c, weights, h_0, c_0, dh, dc_n, lengths, True, "resident")
+    assert all(map(close, [*gates, dc_0, dbias, *([] if dh_0 is None else [dh_0])], want))
 
 
 def test_every_way_to_share_out_a_gradient_is_run():

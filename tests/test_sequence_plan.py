@@ -265,11 +265,12 @@ def test_who_runs_backward(batch, served, triton, wanted, monkeypatch):
     monkeypatch.setattr(triton_backend, "available", lambda: None if triton else "no")
     for family in (sm80, simt):
         monkeypatch.setattr(family, "refusal", lambda *_: "no")
-    for module, name in ((sm90, "sm90"), (triton_backend, "triton"), (aten, "aten")):
+    for module, name in ((sm90, ("sm90",)), (triton_backend, ("triton",)), (aten, ("aten",))):
         monkeypatch.setattr(module, "backward", lambda *_, name=name, **__: name)
     hidden = TransitionWeights((BranchWeights(torch.zeros((4 * 72, 72, 3, 3))),))
     gates = [torch.zeros(batch, 1, 4 * 72, 8, 16)]
-    assert cuda_backend.backward(gates, None, None, hidden, None, None, None, "previous", None, None, None) == wanted
+    args = (gates, None, None, hidden, None, None, None, "previous", None, None, None, True)
+    assert cuda_backend.backward(*args)[0] == wanted
 
 
 def test_auto_takes_the_kernels_where_they_are_fastest(monkeypatch):

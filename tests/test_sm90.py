@@ -89,9 +89,12 @@ def test_backward(kernels, problem, dtype, how):
     for _ in range(2):
         dz = [part.clone(memory_format=torch.preserve_format) for part in gates]
         poison((dc_n.numel(), torch.float32), (dc_n.numel(), dtype), (1 << 22, torch.float32))
-        dh_0, dc_0 = sm90.backward(dz, c, weights, h_0, c_0, dh, dc_n, lengths, kernels)
-        results.append([*dz, dc_0, *([] if dh_0 is None else [dh_0])])
+        dh_0, dc_0, dbias = sm90.backward(dz, c, weights, h_0, c_0, dh, dc_n, lengths, True, kernels)
+        results.append([*dz, dc_0, dbias, *([] if dh_0 is None else [dh_0])])
     assert (h_0 is None) == (dh_0 is None)
     for got, again, wanted in zip(*results, want, strict=True):
         assert (got.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
         assert torch.equal(got, again)
+    dz = [part.clone(memory_format=torch.preserve_format) for part in gates]
+    assert sm90.backward(dz, c, weights, h_0, c_0, dh, dc_n, lengths, False, kernels)[2] is None
+    assert all(map(torch.equal, dz, results[0]))

@@ -9,6 +9,7 @@ from .launch import launch
 from .plan import power_of_two, run_of
 
 SUMS = 528  # programs that share the rows of a sum
+FEW_ROWS = 4096  # that one program sums
 
 
 @triton.jit
@@ -128,14 +129,19 @@ def sum_kernel(
     tl.store(target_ptr + tl.program_id(0) * columns + c, tl.sum(total, 0), mask=c < columns)
 
 
-def channel_sums(images: Tensor) -> Tensor:
-    """``images.sum((0, 2, 3))``, [C] float32, for channels-last ``images`` [N, C, H, W] on a GPU."""
-    n, columns, height, width = images.shape
-    rows = n * height * width
-    block_r = 32
-    programs = max(1, min(SUMS, -(-rows // block_r)))
-    partial = torch.empty((programs, columns), dtype=torch.float32, device=images.device)
-    block_c = power_of_two(columns, 8, 128)
+def row_sums(rows: Tensor) -> Tensor:
+    """``rows.sum(0)``, [C] float32, for contiguous ``rows`` [N, C] on a GPU."""
+    count, columns = rows.shape
+    if count > FEW_ROWS:
+        block_r = 32
+        rows = partial_sums(rows, min(SUMS, -(-count // block_r)), block_r, power_of_two(columns, 8, 128))
+    return partial_sums(rows, 1, 512, 8)[0]
+
+
+def partial_sums(rows: Tensor, programs: int, block_r: int, block_c: int) -> Tensor:
+    """The sum of ``rows`` [N, C] as one of ``programs`` rows, [programs, C] float32."""
+    count, columns = rows.shape
+    partial = torch.empty((programs, columns), dtype=torch.float32, device=rows.device)
     options = {"COLUMN_RUN": run_of(16, columns), "BLOCK_R": block_r, "BLOCK_C": block_c}
-    launch(sum_kernel, (programs, -(-columns // block_c), 1), (images, partial, rows, columns), options)
-    return partial.sum(0)
+    launch(sum_kernel, (programs, -(-columns // block_c), 1), (rows, partial, count, columns), options)
+    return partial

@@ -51,6 +51,7 @@ struct ResidentBackward {
   const int64_t* lengths;  // [batch]: the steps after which dc_n enters; null: all
   float* dc;               // [pixels, hidden]: dc_0 in the end
   void* dh_0;              // T [pixels, hidden]; null: not wanted
+  float* dbias;            // [pixels, 4 * hidden]: the sums of dz over all steps; null: not wanted
   int steps;
   bool c_is_half;
 };

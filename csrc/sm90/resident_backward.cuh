@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   };
 
   float dc = 0, c = there ? c_of(params.steps - 1) : 0;
+  Gates<float> dbias{};
   const int last = params.dh_0 == nullptr ? 0 : -1;
 #pragma unroll 1
   for (int step = params.steps - 1; step >= last; --step) {
@@ -103,6 +104,10 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
         cell_backward<float, HalfMath<T>>(activated, own.c_prev, c, dh + own.dh, dc + own.dc_n, {}, Peepholes::kNone);
     dc = out.dc_prev;
     c = own.c_prev;
+    dbias.i += out.dz.i;
+    dbias.f += out.dz.f;
+    dbias.g += out.dz.g;
+    dbias.o += out.dz.o;
     const uint2 dz = {HalfMath<T>::pack(out.dz.i, out.dz.f), HalfMath<T>::pack(out.dz.g, out.dz.o)};
     if (step > last) store_relaxed(exchanged_of(step) + 4 * int64_t{state}, uint2{present(dz.x), present(dz.y)});
     auto* gates = reinterpret_cast<uint16_t*>(gates_of(step));
@@ -112,6 +117,13 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     gates[3 * branch.channels] = static_cast<uint16_t>(dz.y >> 16);
   }
   if (there) params.dc[state] = dc;
+  if (there && params.dbias != nullptr) {
+    float* const sums = params.dbias + 4 * int64_t{place.pixel} * problem.hidden + hidden_channel;
+    sums[0] = dbias.i;
+    sums[problem.hidden] = dbias.f;
+    sums[2 * problem.hidden] = dbias.g;
+    sums[3 * problem.hidden] = dbias.o;
+  }
   sync_cluster<kSplit>();  // others may still read this block's sums
 }
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from . import aten, layout, ops
+from .concurrency import concurrently
 from .convolution import TransitionWeights, images_of, input_gradient, premix, sequence_of, time_major, weight_gradients
 from .interleaving import repart
 
@@ -93,12 +95,11 @@ class LayerBackward:
         self.c = self.dc_n = None  # not needed any more, and large
         if self.c_0 is None:
             self.dc_0 = None
-        for here in self.spans:
-            self.weights(images_of([p[:, here] for p in gates]), here)
+        tasks = [partial(self.over_spans, gates, weights) for weights in (self.hidden_weights, self.input_weights)]
         if self.needs_x:
-            images = images_of(gates)
-            gates.clear()
-            self.input(images, slice(0, steps))
+            tasks.append(partial(self.input, gates, slice(0, steps)))
+        batch, _, _, height, width = self.h.shape
+        concurrently(self.h.device, batch * steps * height * width, tasks)
 
     def in_pieces(
         self,
@@ -117,11 +118,11 @@ class LayerBackward:
             c = activate(gates, self.h_before(here.start), c_0)
             self.recurrence(gates, here, c, c_0)
             del c
-            images = images_of(gates)
-            self.weights(images, here)
+            for weights in (self.hidden_weights, self.input_weights):
+                weights(gates, here)
             if self.needs_x:
-                self.input(images, here)
-            del gates, images  # before the next piece's are made
+                self.input(gates, here)
+            del gates  # before the next piece's are made
 
     def recurrence(self, gates: list[Tensor], here: slice, c: Tensor, c_0: Tensor | None) -> None:
         """Backward through the steps ``here``: ``gates`` become their gradients. The later steps have been.
@@ -149,23 +150,32 @@ class LayerBackward:
         if self.dpeephole is not None:
             self.dpeephole += aten.peephole_gradient(gates, c, c_0, self.peephole, self.output_peephole)
 
-    def weights(self, images: list[Tensor], here: slice) -> None:
-        """Add what the steps ``here`` have to say of all weights' gradients."""
+    def over_spans(self, dz: list[Tensor], add_gradients: Callable[[list[Tensor], slice], None]) -> None:
+        """``add_gradients`` for all steps, span by span."""
+        for here in self.spans:
+            add_gradients([p[:, here] for p in dz], here)
+
+    def hidden_weights(self, dz: list[Tensor], here: slice) -> None:
+        """Add what ``dz``, the parts of the steps ``here``, has to say of the hidden transition's gradients."""
         if any(self.needs_hidden):
             # h_{-1} = 0 has nothing to add
             skip = here.start == 0 and self.h_0 is None and here.stop > 1 and not self.w_h.has_bias
             first = here.start + skip
             h_prev = aten.previous(self.h[:, first : here.stop], self.h_before(first), self.dtype)
-            seen = [p[skip * self.h.shape[0] :] for p in images]
-            add(self.hidden_grads, weight_gradients(h_prev, seen, self.w_h, self.needs_hidden))
-            del h_prev
+            images = images_of([p[:, int(skip) :] for p in dz])
+            add(self.hidden_grads, weight_gradients(h_prev, images, self.w_h, self.needs_hidden))
+
+    def input_weights(self, dz: list[Tensor], here: slice) -> None:
+        """The same of the input transition's gradients."""
         if any(self.needs_input):
             x = time_major(self.x[:, here], self.dtype)
-            images = repart(images, self.w_h.parts, self.w_x.parts)
+            images = repart(images_of(dz), self.w_h.parts, self.w_x.parts)
             add(self.input_grads, weight_gradients(x, images, self.w_x, self.needs_input))
 
-    def input(self, images: list[Tensor], here: slice) -> None:
-        """The gradient of x in the steps ``here``; ``images`` is emptied."""
+    def input(self, dz: list[Tensor], here: slice) -> None:
+        """The gradient of x in the steps ``here``; ``dz`` is emptied."""
+        images = images_of(dz)
+        dz.clear()
         v = premix(time_major(self.x[:, here], self.dtype), self.w_x) if self.w_x.mix_tanh else None
         parts = repart(images, self.w_h.parts, self.w_x.parts)
         dx = sequence_of(input_gradient(parts, self.w_x, v), here.stop - here.start)

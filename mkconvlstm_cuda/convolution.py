@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from . import fourier, layout
+from .concurrency import concurrently
 from .cpu_convolution import prepare, tile_size
 from .interleaving import channels_last, deinterleave, interleave, join_gates, split_gates
 from .layout import channel_sums
@@ -199,7 +201,8 @@ def premix(x: Tensor, w: TransitionWeights) -> Tensor:
 def transition_parts(x: Tensor, w: TransitionWeights) -> list[Tensor]:
     """``[N, C, H, W]`` -> its parts ``[N, 4*F_p, H, W]``, channels-last."""
     if w.mix is None:
-        return [channels_last(branch_forward(x, b)) for b in w.branches]
+        tasks = [partial(branch_forward, x, b) for b in w.branches]
+        return [channels_last(y) for y in concurrently(x.device, x.shape[0] * x.shape[2] * x.shape[3], tasks)]
     return [channels_last(F.conv2d(premix(x, w), w.mix, w.mix_bias, groups=w.mix_groups))]
 
 

@@ -14,7 +14,7 @@ Pass new_pass(const ResidentPlan& plan, const Sizes& sizes, const Branches& bran
   pass.problem = plan.problem;
   pass.steps = static_cast<int>(sizes.steps);
   for (size_t r = 0; r < branches.problem.branches.size(); ++r)
-    pass.branches[r] = {branches.z[r], branches.weights[r], nullptr};
+    pass.branches[r] = {branches.z[r], branches.weights[r]};
   return pass;
 }
 
@@ -26,25 +26,22 @@ Tensor new_exchange(const Tensor& like, int64_t elements, cudaStream_t stream, c
 }
 
 void sm90_resident_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTensor weight_1,
-                           OptionalTensor bias_0, OptionalTensor bias_1, Tensor h, Tensor c, OptionalTensor h_0,
+                           OptionalTensor bias, Tensor h, Tensor c, OptionalTensor h_0,
                            OptionalTensor c_0, bool keep) {
   const char* op = "sm90_resident_forward";
   const Checker checker(op, z_0);
   STD_TORCH_CHECK(h.dim() == 5, op, ": h must be [batch, steps, hidden, height, width]");
   const Sizes sizes{h.size(0), h.size(1), h.size(2), h.size(3), h.size(4)};
   const Branches branches(op, checker, sizes, {z_0, z_1}, {weight_0, weight_1});
-  const OptionalTensor biases[2] = {bias_0, bias_1};
 
   const torch::stable::accelerator::DeviceGuard guard(checker.device());
   const ResidentPlan plan = plan_resident_forward(branches.problem, device_limits(checker.device(), op));
   auto forward = new_pass<sm90::ResidentForward>(plan, sizes, branches);
   const int64_t state_elements = int64_t{plan.problem.pixels()} * plan.problem.hidden;
-  for (int r = 0; r < plan.problem.branch_count; ++r)
-    forward.branches[r].bias =
-        checker.read<const float>(biases[r], "bias", 4 * plan.problem.branches[r].channels, ScalarType::Float);
   const cudaStream_t stream = current_stream(checker);
   const Tensor exchange = new_exchange(h, sizes.steps * state_elements, stream, op);
   forward.exchange = exchange.data_ptr();
+  forward.bias = checker.read<const float>(bias, "bias", 4 * sizes.hidden, ScalarType::Float);
   forward.h_0 = checker.read<const void>(h_0, "h_0", state_elements, checker.type());
   forward.c_0 = checker.read<const float>(c_0, "c_0", state_elements, ScalarType::Float);
   forward.h = checker.read<void>(h, "h", h.numel(), checker.type());

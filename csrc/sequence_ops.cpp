@@ -47,15 +47,14 @@ Pass new_pass(const Plan& plan, const Sizes& sizes) {
   return pass;
 }
 
-void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTensor weight_1, OptionalTensor bias_0,
-                  OptionalTensor bias_1, Tensor h, Tensor c, OptionalTensor h_0, OptionalTensor c_0, bool keep) {
+void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTensor weight_1, OptionalTensor bias, Tensor h,
+                  Tensor c, OptionalTensor h_0, OptionalTensor c_0, bool keep) {
   const char* op = "sm90_forward";
   const Checker checker(op, z_0);
   STD_TORCH_CHECK(h.dim() == 5, op, ": h must be [batch, steps, hidden, height, width]");
   const ScalarType half = checker.type(), single = ScalarType::Float;
   const Sizes sizes{h.size(0), h.size(1), h.size(2), h.size(3), h.size(4)};
   const Branches branches(op, checker, sizes, {z_0, z_1}, {weight_0, weight_1});
-  const OptionalTensor biases[2] = {bias_0, bias_1};
 
   const torch::stable::accelerator::DeviceGuard guard(checker.device());
   const ForwardPlan plan = plan_forward(branches.problem, device_limits(checker.device(), op));
@@ -63,12 +62,7 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   for (int g = 0; g < 2; ++g) {
     const ColumnGroup& group = plan.groups[g];
     const int channels = static_cast<int>(branches.problem.branches[group.branch].channels);
-    forward.groups[g] = {branches.z[group.branch],
-                         checker.read<const float>(biases[group.branch], "bias", 4 * channels, single),
-                         channels,
-                         group.first_in_branch,
-                         group.first_hidden,
-                         group.channels};
+    forward.groups[g] = {branches.z[group.branch], channels, group.first_in_branch, group.first_hidden, group.channels};
   }
   const int64_t state_elements = int64_t{forward.pixels} * forward.hidden;
   Tensor packed = scratch(h, plan.packed_bytes());
@@ -79,6 +73,7 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   forward.state = state.data_ptr();
   forward.h = checker.read<void>(h, "h", h.numel(), half);
   forward.c = checker.read<float>(c, "c", (keep ? forward.steps : 1) * state_elements, single);
+  forward.bias = checker.read<const float>(bias, "bias", 4 * sizes.hidden, single);
   forward.c_0 = checker.read<const float>(c_0, "c_0", state_elements, single);
   forward.has_h_0 = h_0.has_value();
   forward.keep = keep;
@@ -145,10 +140,10 @@ void sm90_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, Opti
 STABLE_TORCH_LIBRARY_FRAGMENT(mkconvlstm, m) {
   // The recurrence forward on Hopper, all steps in one launch; one or two branches r, pixels = [batch, height, width].
   // z_r [steps, pixels, 4 * channels] and weight_r [4 * channels, hidden, kernel height, kernel width], gate-major;
-  // bias_r [4 * channels] float32. With keep z_r become the activated gates. h [batch, steps, hidden, height, width];
+  // bias [4 * hidden] float32. With keep z_r become the activated gates. h [batch, steps, hidden, height, width];
   // c [keep ? steps : 1, pixels, hidden] float32; h_0 and c_0 [pixels, hidden].
   const std::string forward =
-      "_forward(Tensor(a!) z_0, Tensor(b!)? z_1, Tensor weight_0, Tensor? weight_1, Tensor? bias_0, Tensor? bias_1, "
+      "_forward(Tensor(a!) z_0, Tensor(b!)? z_1, Tensor weight_0, Tensor? weight_1, Tensor? bias, "
       "Tensor(c!) h, Tensor(d!) c, Tensor? h_0, Tensor? c_0, bool keep) -> ()";
   // Backward. The gates become the gradients of the pre-activations. c [steps, batch, height, width, hidden], float32
   // or of their type; dh [batch, steps, hidden, height * width] of any strides; dc_n, dh_0 and dc [pixels, hidden], the

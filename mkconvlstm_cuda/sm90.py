@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import layout
 from .convolution import TransitionWeights, whole_bias
-from .interleaving import split_gates
 
 KERNELS = ("resident", "streamed")  # the faster ones first
 TILE_PIXELS = 128
@@ -169,11 +168,10 @@ def forward(
     h = z[0].new_empty((batch, steps, channels, height, width))
     c = z[0].new_empty((steps if keep else 1, batch, height, width, channels), dtype=torch.float32)
     bias = whole_bias(hidden, bias)
-    biases = [None] * len(z) if bias is None else split_gates(bias.float(), hidden.sizes)
     operation("forward", kernels)(
         *pair([in_place(part) for part in z]),
         *pair([aligned(b.weight.contiguous()) for b in hidden.branches]),
-        *pair(biases),
+        None if bias is None else aligned(bias.float()),
         h,
         c,
         by_time(h_0),

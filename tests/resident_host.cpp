@@ -54,14 +54,14 @@ bool resident_is_told(uint32_t pair) {
          (absent(pair >> 16) || written >> 16 == pair >> 16);
 }
 
-// tensors, after those above: biases of both branches, h, c, h_0, c_0.
+// tensors, after those above: bias, h, c, h_0, c_0.
 void resident_forward(const Call& call, void** tensors) {
   sm90::ResidentForward forward{};
-  for (int r = 0; r < call.branches; ++r) forward.branches[r].bias = static_cast<const float*>(tensors[4 + r]);
-  forward.h = tensors[6];
-  forward.c = static_cast<float*>(tensors[7]);
-  forward.h_0 = tensors[8];
-  forward.c_0 = static_cast<const float*>(tensors[9]);
+  forward.bias = static_cast<const float*>(tensors[4]);
+  forward.h = tensors[5];
+  forward.c = static_cast<float*>(tensors[6]);
+  forward.h_0 = tensors[7];
+  forward.c_0 = static_cast<const float*>(tensors[8]);
   forward.keep = call.keep != 0;
   launch(forward, plan_resident_forward(problem_of(call), limits_of(call)), call, tensors, 1);
 }

@@ -123,11 +123,11 @@ class OnTheHost:
             (ctypes.c_int64 * len(call))(*call), (ctypes.c_void_p * len(pointers))(*pointers)
         )
 
-    def forward(self, z_0, z_1, weight_0, weight_1, bias_0, bias_1, h, c, h_0, c_0, keep):
+    def forward(self, z_0, z_1, weight_0, weight_1, bias, h, c, h_0, c_0, keep):
         batch, steps, _, *size = h.shape
         for result in (h, c):
             result.fill_(float("nan"))
-        tensors = (z_0, z_1, weight_0, weight_1, bias_0, bias_1, h, c, h_0, c_0)
+        tensors = (z_0, z_1, weight_0, weight_1, bias, h, c, h_0, c_0)
         self.call("forward", (batch, steps, *size), (weight_0, weight_1), (keep, 0, 0, 0, 0, 0), tensors)
 
     def backward(self, gates_0, gates_1, weight_0, weight_1, c, c_0, dh, dc_n, lengths, dh_0, dc, dbias):

@@ -83,19 +83,20 @@ class GateStep {
   __device__ __forceinline__ void begin(float (&sums)[32], Tile tile, int group) const {
     const GroupOperands& g = params_.groups[group];
     const int channel = tile.n * kTileChannels + channel_;
-    const bool biased = g.bias != nullptr && channel < g.channels;
+    const bool biased = params_.bias != nullptr && channel < g.channels;
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
       float4 bias{};
       if (biased)
-        bias = *reinterpret_cast<const float4*>(g.bias + gate * g.branch_channels + g.first_in_branch + channel);
+        bias = *reinterpret_cast<const float4*>(params_.bias + gate * params_.hidden + g.first_hidden + channel);
       const float values[4] = {bias.x, bias.y, bias.z, bias.w};
 #pragma unroll
       for (int k = 0; k < 4; ++k) sums[at(gate, 0, k)] = sums[at(gate, 1, k)] = values[k];
     }
   }
 
-  // sums: the hidden-to-hidden part of the pre-activations, with the biases; overwritten. Publishes h_t first, then stores the rest.
+  // sums: the hidden-to-hidden part of the pre-activations, with the biases; overwritten. Publishes h_t first, then
+  // stores the rest.
   __device__ __forceinline__ void finish(float (&sums)[32], Tile tile, int group) {
     const GroupOperands& g = params_.groups[group];
     T* state = static_cast<T*>(params_.state) + (tile.step + 1) % 2 * params_.pixels * params_.hidden;

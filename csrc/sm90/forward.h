@@ -15,7 +15,6 @@ namespace mkconvlstm::sm90 {
 // One group's part of the operands. An element type T is float16 or bfloat16.
 struct GroupOperands {
   void* z;            // T [steps, pixels, 4 * branch_channels], gate-major; pre-activations, with keep become gates
-  const float* bias;  // [4 * branch_channels], added to z; may be null
   int branch_channels;
   int first_in_branch, first_hidden, channels;  // see ColumnGroup
 };
@@ -28,6 +27,7 @@ struct Forward {
   void* state;         // T [2, pixels, hidden]: h_t lies in half (t + 1) % 2; h_0 in the first
   void* h;             // T [batch, steps, hidden, height, width]
   float* c;            // [keep ? steps : 1, pixels, hidden]
+  const float* bias;   // [4 * hidden], gate-major, added to z; may be null
   const float* c_0;    // [pixels, hidden]; null: zeros
   uint32_t* counters;  // [2, tiles_m], zeros: how often a tile's group has been published
   int pixels, steps, height, width, hidden;

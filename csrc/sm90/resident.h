@@ -24,13 +24,13 @@ constexpr int kAbsentByte = 0xff;
 struct ResidentOperands {
   void* gates;
   const void* weights;
-  const float* bias;  // forward: [4 * channels], added to the pre-activations; may be null
 };
 
 struct ResidentForward {
   ResidentProblem problem;
   ResidentOperands branches[kMostBranches];  // gates: pre-activations; with keep they become the activated gates
   void* exchange;                            // T [steps, pixels, hidden], absent: every h_t on its way
+  const float* bias;                         // [4 * hidden], gate-major, added to the pre-activations; may be null
   const void* h_0;                           // T [pixels, hidden]; null: zeros
   const float* c_0;                          // [pixels, hidden]; null: zeros
   void* h;                                   // T [batch, steps, hidden, height, width]

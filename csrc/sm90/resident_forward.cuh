@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   const int state = place.pixel * problem.hidden + hidden_channel;
   const int row_bytes = problem.hidden * sizeof(T);
   float bias[4] = {}, c = 0;
-  if (place.inside && operands.bias != nullptr) {
+  if (place.inside && params.bias != nullptr) {
 #pragma unroll
-    for (int gate = 0; gate < 4; ++gate) bias[gate] = operands.bias[gate * branch.channels + channel];
+    for (int gate = 0; gate < 4; ++gate) bias[gate] = params.bias[gate * problem.hidden + hidden_channel];
   }
   if (place.inside && params.c_0 != nullptr) c = params.c_0[state];
 

@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from . import fourier, layout
+from . import cpu_convolution, fourier, layout, unfolding
 from .concurrency import concurrently
-from .cpu_convolution import prepare, tile_size
 from .interleaving import channels_last, deinterleave, interleave, join_gates, split_gates
 from .layout import channel_sums
 
@@ -170,6 +169,24 @@ def prepared(b: BranchWeights, images: tuple[int, int, int], uses: int, gradient
     return replace(b, way=way)
 
 
+def prepare(
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: list[int],
+    dilation: Sequence[int],
+    images: tuple[int, int, int],
+    uses: int,
+    gradient: bool = False,
+) -> Callable[[Tensor], Tensor] | None:
+    """What is faster on its device than torch's own; see :func:`cpu_convolution.prepare`."""
+    if not unfolding.serves(weight, images, dilation, of_input=gradient):
+        return cpu_convolution.prepare(weight, bias, padding, dilation, images, uses, gradient)
+    if gradient:
+        return lambda dy: unfolding.input_gradient(dy, weight)
+    rows, kernel = unfolding.unfolded_weight(weight), weight.shape[3]
+    return lambda x: convolve(unfolding.unfold(x, kernel), rows, bias, [padding[0], 0], dilation)
+
+
 def tensor_cores_allowed(dtype: torch.dtype) -> bool:
     """Whether torch's own convolution would use tensor cores: float32 as TF32 where its switches allow it."""
     return dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
@@ -181,14 +198,17 @@ def branch_forward(x: Tensor, b: BranchWeights) -> Tensor:
         x = F.conv2d(x, b.bottleneck, b.bottleneck_bias)
     if b.way is not None:
         return b.way(x)
-    parts = range(0, b.weight.shape[0], MOST_OUTPUTS) if x.is_cuda else [0]
+    return convolve(x, b.weight, b.bias, b.padding, b.dilation)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], dilation: Sequence[int]) -> Tensor:
+    """``F.conv2d``, on GPUs with no more outputs at a time than cuDNN does well."""
+    parts = range(0, weight.shape[0], MOST_OUTPUTS) if x.is_cuda else [0]
     if len(parts) == 1:
-        return F.conv2d(x, b.weight, b.bias, padding=b.padding, dilation=b.dilation)
-    weights = b.weight.split(MOST_OUTPUTS)
-    biases = [None] * len(weights) if b.bias is None else b.bias.split(MOST_OUTPUTS)
-    outputs = [
-        F.conv2d(x, w, bias, padding=b.padding, dilation=b.dilation) for w, bias in zip(weights, biases, strict=True)
-    ]
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation)
+    weights = weight.split(MOST_OUTPUTS)
+    biases = [None] * len(weights) if bias is None else bias.split(MOST_OUTPUTS)
+    outputs = [F.conv2d(x, w, b, padding=padding, dilation=dilation) for w, b in zip(weights, biases, strict=True)]
     return torch.cat(outputs, dim=1)
 
 
@@ -232,19 +252,6 @@ def images_of(parts: Sequence[Tensor]) -> list[Tensor]:
     return [p.permute(1, 0, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2) for p in parts]
 
 
-def stand_in(dy: Tensor, channels: int) -> Tensor:
-    """Channels-last images [N, ``channels``, H, W] for ``dy`` [N, ..., H, W], for an input whose values nobody reads.
-
-    torch lays a gradient out anew, and back, where the input that it belongs to is not channels-last too. They need no
-    memory of their own where dy's suffices.
-    """
-    n, _, height, width = dy.shape
-    size, strides = (n, channels, height, width), (height * width * channels, 1, width * channels, channels)
-    if channels <= dy.shape[1]:
-        return dy.as_strided(size, strides)
-    return dy.new_zeros((n, height, width, channels)).permute(0, 3, 1, 2)  # copied, in some of torch's ways
-
-
 def convolution_gradients(
     dy: Tensor, x: Tensor | None, weight: Tensor, padding: list[int], dilation: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -257,10 +264,12 @@ def convolution_gradients(
     images = (dy.shape[0], *dy.shape[2:])
     if needs_x and (way := prepare(weight, None, padding, dilation, images, 1, gradient=True)):
         dx, needs_x = way(dy), False
-    if needs_weight and (m := tile_size(weight, dilation, images)):
+    if needs_weight and unfolding.serves(weight, images, dilation):
+        dw, needs_weight = unfolding.weight_gradient(x, dy, weight), False
+    elif needs_weight and (m := cpu_convolution.tile_size(weight, dilation, images)):
         dw, needs_weight = fourier.weight_gradient(x, dy, weight.shape[2], m), False
     if needs_x or needs_weight:
-        x = stand_in(dy, weight.shape[1]) if x is None else x
+        x = layout.stand_in(dy, weight.shape[1]) if x is None else x
         mask = [needs_x, needs_weight, False]
         by_torch = torch.ops.aten.convolution_backward(
             dy, x, weight, None, [1, 1], padding, dilation, False, [0, 0], 1, mask

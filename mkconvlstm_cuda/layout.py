@@ -48,6 +48,19 @@ def as_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
     return out
 
 
+def stand_in(dy: Tensor, channels: int) -> Tensor:
+    """Channels-last images [N, ``channels``, H, W] for ``dy`` [N, ..., H, W], for an input whose values nobody reads.
+
+    torch lays a gradient out anew, and back, where the input that it belongs to is not channels-last too. They need no
+    memory of their own where dy's suffices.
+    """
+    n, _, height, width = dy.shape
+    size, strides = (n, channels, height, width), (height * width * channels, 1, width * channels, channels)
+    if channels <= dy.shape[1]:
+        return dy.as_strided(size, strides)
+    return dy.new_zeros((n, height, width, channels)).permute(0, 3, 1, 2)  # copied, in some of torch's ways
+
+
 def channel_sums(images: Tensor) -> Tensor:
     """``images.sum((0, 2, 3))`` for ``images`` [N, C, H, W]: [C], float32 for half types."""
     channels_last = images.is_contiguous(memory_format=torch.channels_last)

@@ -92,7 +92,8 @@ def test_hidden_convolutions_gradient_is_exact(backend, device, name, dtype):
     gates = parts(
         [values.expand(4, n, *IMAGE).flatten(0, 1).expand(BATCH, -1, -1, -1) for n in sizes], 1, dtype, device
     )
-    h, c = (torch.zeros(BATCH, 1, hidden, *IMAGE, dtype=d, device=device) for d in (dtype, torch.float32))
+    h = torch.zeros(BATCH, 1, hidden, *IMAGE, dtype=dtype, device=device)
+    c = torch.zeros(1, BATCH, *IMAGE, hidden, device=device).permute(1, 0, 4, 2, 3)
     dh_0, dc_0, dbias = ops.sequence_backward(
         gates, h, c, w.tensors(), *w.form, h_0.to(device, dtype), c_0.to(device, torch.float32), None, "previous",
         dh.to(device, dtype)[:, None], None, None, True, backend,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mkconvlstm_cuda import Branch, MKConvLSTM, MKConvLSTMCell, Transition, inception_branches
+from mkconvlstm_cuda import Branch, MKConvLSTM, MKConvLSTMCell, Transition, inception_branches, unfolding
 from mkconvlstm_cuda.convolution import (
     BranchWeights,
     TransitionWeights,
@@ -205,3 +205,31 @@ def test_prepared_weights_change_nothing(dtype):
 def test_weights_stay_as_they_are_where_nothing_else_pays(uses, batch, dtype):
     w = TransitionWeights((BranchWeights(torch.randn(8, 5, 3, 3, dtype=dtype)),))
     assert w.prepared((batch, 7, 6), uses).branches[0].way is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "images", "dtype", "dilation", "forward", "of_input"),
+    [
+        ((256, 16, 5, 5), (160, 16, 16), torch.bfloat16, (1, 1), True, True),
+        ((256, 16, 7, 7), (160, 16, 16), torch.float16, [1, 1], True, True),
+        ((128, 1, 3, 3), (200, 64, 64), torch.float16, (1, 1), True, True),
+        ((128, 32, 5, 5), (80, 96, 96), torch.bfloat16, (1, 1), False, True),
+        ((128, 17, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, True),
+        ((128, 33, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, False),
+        ((256, 64, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, False),
+        ((64, 16, 5, 5), (160, 32, 32), torch.float16, (1, 1), False, True),  # 80 channels, rounded up to 96
+        ((96, 16, 5, 5), (160, 32, 32), torch.float16, (1, 1), True, True),
+        ((256, 16, 5, 5), (32, 16, 16), torch.float16, (1, 1), True, True),
+        ((255, 16, 5, 5), (32, 16, 16), torch.float16, (1, 1), False, False),
+        ((256, 16, 5, 5), (0, 16, 16), torch.float16, (1, 1), False, False),
+        ((256, 1, 3, 3), (1 << 16, 128, 128), torch.float16, (1, 1), True, True),
+        ((256, 1, 3, 3), ((1 << 16) + 1, 128, 128), torch.float16, (1, 1), False, False),
+        ((256, 16, 5, 1), (160, 16, 16), torch.float16, (1, 1), False, False),
+        ((256, 16, 1, 3), (160, 16, 16), torch.float16, (1, 1), True, True),
+        ((256, 16, 5, 5), (160, 16, 16), torch.float16, (1, 2), False, False),
+        ((256, 16, 5, 5), (160, 16, 16), torch.float32, (1, 1), False, False),
+    ],
+)
+def test_what_pays_to_unfold(shape, images, dtype, dilation, forward, of_input):
+    assert unfolding.pays(shape, images, dilation, dtype) is forward
+    assert unfolding.pays(shape, images, dilation, dtype, of_input=True) is of_input

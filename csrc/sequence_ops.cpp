@@ -93,7 +93,7 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
 
 void sm90_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, OptionalTensor weight_1, Tensor c,
                    OptionalTensor c_0, OptionalTensor dh, OptionalTensor dc_n, OptionalTensor lengths,
-                   OptionalTensor dh_0, Tensor dc, OptionalTensor dbias) {
+                   OptionalTensor dh_0, Tensor dc) {
   const char* op = "sm90_backward";
   const Checker checker(op, gates_0);
   const Sizes sizes = sizes_of_cells(op, c);
@@ -109,8 +109,6 @@ void sm90_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, Opti
     backward.parts[r] = {branches.z[r], static_cast<int>(branches.problem.branches[r].channels), before};
   }
   read_gradients(op, checker, sizes, c, c_0, dh, dc_n, lengths, dh_0, dc, backward);
-  const int64_t bias_rows = int64_t{plan.tiles_m} * sm90::kBiasRows;
-  backward.dbias = checker.read<float>(dbias, "dbias", bias_rows * 4 * sizes.hidden, ScalarType::Float);
   const int64_t tiles = int64_t{plan.tiles_m} * plan.tiles_n;
   Tensor packed = scratch(c, plan.packed_bytes());
   Tensor partial = scratch(c, plan.partial_bytes());
@@ -147,16 +145,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mkconvlstm, m) {
       "Tensor(c!) h, Tensor(d!) c, Tensor? h_0, Tensor? c_0, bool keep) -> ()";
   // Backward. The gates become the gradients of the pre-activations. c [steps, batch, height, width, hidden], float32
   // or of their type; dh [batch, steps, hidden, height * width] of any strides; dc_n, dh_0 and dc [pixels, hidden], the
-  // last two written; lengths [batch] int64: the steps after which dc_n enters. dbias [rows, 4 * hidden] float32, whose
-  // sum over the rows becomes the sum of all gradients of pre-activations, gate-major: zeros, 8 rows for every 128
-  // pixels, or of "resident" kernels any values, a row for each pixel.
+  // last two written; lengths [batch] int64: the steps after which dc_n enters. Kernels with resident
+  // weights also sum the gradients of pre-activations over the steps: dbias [pixels, 4 * hidden] float32, gate-major.
   const std::string backward =
       "_backward(Tensor(a!) gates_0, Tensor(b!)? gates_1, Tensor weight_0, Tensor? weight_1, Tensor c, Tensor? c_0, "
-      "Tensor? dh, Tensor? dc_n, Tensor? lengths, Tensor(c!)? dh_0, Tensor(d!) dc, "
-      "Tensor(e!)? dbias) -> ()";
+      "Tensor? dh, Tensor? dc_n, Tensor? lengths, Tensor(c!)? dh_0, Tensor(d!) dc";
   for (const std::string kernels : {"sm90", "sm90_resident"}) {  // the latter: see resident_ops.cpp
     m.def((kernels + forward).c_str());
-    m.def((kernels + backward).c_str());
+    const std::string sums = kernels == "sm90" ? "" : ", Tensor(e!)? dbias";
+    m.def((kernels + backward + sums + ") -> ()").c_str());
   }
 }
 

@@ -18,7 +18,6 @@ from .convolution import TransitionWeights, whole_bias
 
 KERNELS = ("resident", "streamed")  # the faster ones first
 TILE_PIXELS = 128
-TILE_BIAS_ROWS = 8
 RESIDENT = "resident_"  # in the names of these kernels' plans and operations
 
 
@@ -209,13 +208,16 @@ def backward(
         kernels: as for :func:`forward`.
 
     Returns:
-        dh_0 [B, F, H, W] in the gates' dtype, or None without h_0; dc_0 [B, F, H, W] float32; with ``needs_bias`` the
-        sum of all gradients of pre-activations, [4F] float32, gate-major, else None.
+        dh_0 [B, F, H, W] in the gates' dtype, or None without h_0; dc_0 [B, F, H, W] float32; with ``needs_bias`` and
+        "resident" the sum of all gradients of pre-activations, [4F] float32, gate-major, else None. Streamed kernels
+        would take longer for it than another one does, which reads the gradients once more.
     """
     batch, _, _, height, width = gates[0].shape
     dc = c.new_empty((batch, height, width, sum(hidden.sizes)), dtype=torch.float32)
     dh_0 = None if h_0 is None else torch.empty_like(dc, dtype=gates[0].dtype)
-    dbias = bias_sums(dc, kernels) if needs_bias else None
+    sums = ()
+    if kernels == "resident":
+        sums = (dc.new_empty((batch * height * width, 4 * dc.shape[-1])) if needs_bias else None,)
     operation("backward", kernels)(
         *pair([in_place(part) for part in gates]),
         *pair([aligned(b.weight.contiguous()) for b in hidden.branches]),
@@ -226,15 +228,7 @@ def backward(
         None if lengths is None else aligned(lengths.contiguous()),
         dh_0,
         dc,
-        dbias,
+        *sums,
     )
     dh_0 = None if dh_0 is None else dh_0.permute(0, 3, 1, 2)
-    return dh_0, dc.permute(0, 3, 1, 2), None if dbias is None else layout.row_sums(dbias)
-
-
-def bias_sums(dc: Tensor, kernels: str) -> Tensor:
-    """What "backward" wants for the biases' gradients, [rows, 4F]; ``dc`` [B, H, W, F]."""
-    pixels, channels = dc.numel() // dc.shape[-1], dc.shape[-1]
-    if kernels == "resident":
-        return dc.new_empty((pixels, 4 * channels))
-    return dc.new_zeros((-(-pixels // TILE_PIXELS) * TILE_BIAS_ROWS, 4 * channels))
+    return dh_0, dc.permute(0, 3, 1, 2), layout.row_sums(*sums) if needs_bias and sums else None

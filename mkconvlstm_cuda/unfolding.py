@@ -96,9 +96,10 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     image_bytes = rows.shape[1] * math.prod(size) * dy.element_size()
     some = max(1, GRADIENT_BYTES // image_bytes)
     dx = dy.new_empty((count, *size, channels)).permute(0, 3, 1, 2)
+    u = layout.stand_in(dy[:some], rows.shape[1])
     for dy_of_some, dx_of_some in zip(dy.split(some), dx.split(some), strict=True):
-        x = layout.stand_in(dy_of_some, rows.shape[1])
-        fold(backward(dy_of_some, x, rows, [True, False, False])[0], kernel, dx_of_some)
+        du = backward(dy_of_some, u[: dy_of_some.shape[0]], rows, [True, False, False])[0]
+        fold(du, kernel, dx_of_some)
     return dx
 
 

@@ -171,37 +171,18 @@ class GradientStep {
 
   // Stores what step's gates become, or dh_0. dh: the gradient of h_t through step t + 1.
   __device__ __forceinline__ void finish(int step, const float4 (&dh)[2]) {
-    float dz[16] = {};  // of both rows, gate by gate
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (!there(half)) continue;
       if (step < 0) {
         *reinterpret_cast<uint2*>(static_cast<T*>(params_.dh_0) + element_of(half)) = pack(dh[half]);
       } else {
-        store(step, half, dh[half], dz);
+        store(step, half, dh[half]);
       }
     }
-    if (step >= 0 && params_.dbias != nullptr) add_bias(dz);
   }
 
  private:
-  // Adds a step's gradients to the sums of the warp's rows, to which nobody else does. At each exchange between lanes
-  // that have the same channels one keeps the first half of what is left, the other the second.
-  __device__ __forceinline__ void add_bias(float (&dz)[16]) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int count = 8; count >= 2; count /= 2) {
-      const bool upper = (lane & 2 * count) != 0;
-#pragma unroll
-      for (int i = 0; i < count; ++i)
-        dz[i] = (upper ? dz[count + i] : dz[i]) + __shfl_xor_sync(~0u, upper ? dz[i] : dz[count + i], 2 * count);
-    }
-    if (channel_at_ >= params_.hidden) return;
-    const int sum = lane / 4 % 2 * 2 + lane / 8 % 2 * 4 + lane / 16 * 8;  // the first of two that are left
-    const int64_t row = (pixel_ / kTileRows * kBiasRows + row_ / 16) * 4 + sum / 4;
-    add_relaxed(params_.dbias + row * params_.hidden + channel_at_ + sum % 4, dz[0], dz[1]);
-  }
-
   static __device__ __forceinline__ float4 load4(const float* values) {
     return *reinterpret_cast<const float4*>(values);
   }
@@ -240,7 +221,7 @@ class GradientStep {
     return unpack(*reinterpret_cast<const uint2*>(static_cast<const T*>(params_.c) + at));
   }
 
-  __device__ __forceinline__ void store(int step, int half, float4 dh, float (&dz)[16]) {
+  __device__ __forceinline__ void store(int step, int half, float4 dh) {
     float4 gates[4];
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) gates[gate] = unpack(gates_[half][gate]);
@@ -256,13 +237,6 @@ class GradientStep {
       at(gates[2]) = out.dz.g;
       at(gates[3]) = out.dz.o;
       at(dc) = out.dc_prev;
-    }
-#pragma unroll
-    for (int gate = 0; gate < 4; ++gate) {
-      dz[4 * gate] += gates[gate].x;
-      dz[4 * gate + 1] += gates[gate].y;
-      dz[4 * gate + 2] += gates[gate].z;
-      dz[4 * gate + 3] += gates[gate].w;
     }
     T* target = gates_of(step, half);
 #pragma unroll

@@ -14,8 +14,6 @@ namespace mkconvlstm::sm90 {
 
 constexpr int kCounterStride = 32;  // 128 bytes: many blocks poll, and no two counters share a line
 
-constexpr int kBiasRows = 8;  // of sums of dz that a pixel tile has, one for each warp of the finishers
-
 // One branch's gates. An element type T is float16 or bfloat16.
 struct GatePart {
   void* gates;  // T [steps, pixels, 4 * channels], gate-major; become the gradients of the pre-activations
@@ -36,7 +34,6 @@ struct Backward {
   const int64_t* lengths;  // [batch]: the steps after which dc_n enters; null: all
   float* dc;               // [pixels, hidden]: dc_0 in the end
   void* dh_0;              // T [pixels, hidden]; null: not wanted
-  float* dbias;            // zeros [tiles_m * kBiasRows, 4 * hidden], to which dz is added; null: not wanted
   float4* partial;         // [items, 2 * chunks, consumers' threads]: sums of what a piece multiplies
   // Zeros, kCounterStride apart: how many there are, of all steps.
   uint32_t* summed;    // [tiles]: pieces' sums

@@ -210,11 +210,6 @@ __device__ __forceinline__ void store_relaxed(void* address, uint2 values) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(values.x), "r"(values.y) : "memory");
 }
 
-// target: of 8 bytes.
-__device__ __forceinline__ void add_relaxed(float* target, float first, float second) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(first), "f"(second) : "memory");
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

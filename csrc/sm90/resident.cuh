@@ -183,7 +183,8 @@ class ResidentProducts {
     __syncthreads();
   }
 
-  // The sums of all units, each warpgroup's share of them apart.
+  // The sums of all units, each warpgroup's share of them apart. While one unit's products are on their way, the next
+  // one's fragments are fetched into the registers that the one before has left.
   __device__ __forceinline__ void multiply_window(int step) {
     const int first = shape_.units * warpgroup_ / kWarpgroups, last = shape_.units * (warpgroup_ + 1) / kWarpgroups;
     float sums[kColumns / 2];
@@ -194,15 +195,16 @@ class ResidentProducts {
 #pragma unroll 1
     for (int unit = first; unit < last; unit += 2) {
       multiply_unit(sums, even, unit);
-      if (unit + 1 < last) load_fragments(odd, locate(unit + 1));
-      wait_products<0>();
-      pin(even);
-      if (unit + 1 == last) break;
-      multiply_unit(sums, odd, unit + 1);
-      if (unit + 2 < last) load_fragments(even, locate(unit + 2));
-      wait_products<0>();
+      wait_products<1>();
       pin(odd);
+      if (unit + 1 == last) break;
+      load_fragments(odd, locate(unit + 1));
+      multiply_unit(sums, odd, unit + 1);
+      wait_products<1>();
+      pin(even);
+      if (unit + 2 < last) load_fragments(even, locate(unit + 2));
     }
+    wait_products<0>();
     pin(sums);
     const int row = 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
     const uint32_t target = sums_of(step, warpgroup_, row, 2 * (threadIdx.x % 4));

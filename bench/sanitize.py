@@ -29,7 +29,7 @@ HOST_TESTS = ("gate_step", "fourier", "plan", "sequence_plan", "resident", "exac
 # Parts of the mangled names of our kernels, CUDA's and Triton's: torch's own, but for a few, are not looked at.
 KERNELS = (
     "forward_kernel", "backward_kernel", "finish_kernel", "gate_step_kernel",
-    "pack_kernel", "copy_kernel", "sum_kernel",
+    "pack_kernel", "copy_kernel", "sum_kernel", "fold_kernel",
 )  # fmt: skip
 TWO = (Kernel(3, 3, 9), Kernel(5, 5, 8))
 EVEN = (Kernel(3, 3, 9), Kernel(5, 5, 7))
@@ -38,6 +38,7 @@ PROBLEMS = (
     SMALL,
     replace(SMALL, dtype="float16", kernels=(Kernel(3, 3, 8),), recompute=True),
     replace(SMALL, kernels=(Kernel(3, 3, 64), Kernel(5, 5, 64)), height=9, width=7),
+    replace(SMALL, kernels=(Kernel(3, 3, 16), Kernel(5, 5, 8)), lengths=(1, 3)),  # weights stay in shared memory
     replace(SMALL, peephole="pixel", output_peephole="current", lengths=(1, 3), state=False),
     replace(SMALL, mix="gate", mix_activation="tanh", bias=False),
     replace(SMALL, dtype="float32", tf32=True, peephole="channel"),

@@ -128,6 +128,15 @@ void divide_shared_memory(const HopperLimits& limits, int reserved, int box_slot
   if (program.stages < kMinStages) refuse("the image is too wide: a tile and its halo do not fit into shared memory");
 }
 
+// The same items for a block at every step; or all of them in turn where that leaves many blocks idle, and `may_rotate`.
+Dealing deal(int64_t items, int multiprocessors, bool may_rotate) {
+  const int64_t rounds = ceil_div(items, multiprocessors);
+  if (may_rotate && 20 * rounds * multiprocessors >= 21 * items && rounds > 1)
+    return {multiprocessors, static_cast<int>(items)};
+  const int blocks = ceil_div(items, rounds);
+  return {blocks, static_cast<int>(rounds * blocks)};
+}
+
 struct Step {
   Columns columns;
   int box, first_tap, taps;
@@ -177,8 +186,8 @@ void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, in
 }
 
 // The order of products as a consumer follows it, cut where it finishes a group, and after each box where there is room
-// for one alone.
-void fill_runs(const std::vector<Step>& steps, int consumer, ForwardProgram& program) {
+// for one alone. waits_for_cells: a tile's first box tells that its cells are there.
+void fill_runs(const std::vector<Step>& steps, int consumer, bool waits_for_cells, ForwardProgram& program) {
   int& count = program.run_count[consumer];
   count = 0;
   int unit = 0;
@@ -204,6 +213,7 @@ void fill_runs(const std::vector<Step>& steps, int consumer, ForwardProgram& pro
     const int finish = (i == 0 ? kFinishSecond : 0) | (i == last_both + 1 ? kFinishFirst : 0);
     int delay = finish == 0 || !may_delay ? 0 : step.columns == Columns::kBoth ? kDelayBoth : kDelaySecond;
     if (delay >= step.taps) delay = 0;
+    if (i == 0 && waits_for_cells) delay = std::max(delay, 1);
     // The box may hold what the previous tile of some block still has to publish.
     if (delay > 0) add(step.columns, delay, i == 0 && program.boxes[step.box].groups != 1 ? kFinishSecondEarly : 0);
     add(step.columns, step.taps - delay, finish);
@@ -243,11 +253,15 @@ int most_pieces(const Program& program) { return std::min(kMaxPieces, program.st
 // Cycles of a step, roughly as measured. What comes between a tile's products and those of its next step, the way of
 // its sums and gradients from block to block, is hidden only behind the block's other items.
 int64_t step_cycles(const BackwardProgram& program, int64_t tiles, int pieces, int multiprocessors) {
-  const int64_t rounds = ceil_div(tiles * pieces, multiprocessors);
+  const int64_t items = tiles * pieces;
+  const Dealing dealing = deal(items, multiprocessors, true);
   const int64_t item =
       ceil_div(program.stages_per_tile, pieces) * (program.columns == Columns::kBoth ? 550 : 800) + 3000;
   const int64_t between = 6000 + ceil_div(program.chunks, pieces) * (2000 + 700 * pieces);
-  return std::max(rounds * item, item + between);
+  // Where items rotate, blocks wait for each other more often.
+  const int64_t of_a_block =
+      dealing.rotates() ? items * item * 11 / (10 * dealing.blocks) : dealing.period / dealing.blocks * item;
+  return std::max(of_a_block, item + between);
 }
 
 int choose_pieces(const BackwardProgram& program, int64_t tiles, int multiprocessors) {
@@ -317,7 +331,7 @@ BackwardPlan plan_columns(const SequenceProblem& problem, const HopperLimits& li
   const int64_t items = tiles * pieces;
   if (items > std::numeric_limits<int32_t>::max() / (kTileRows * program.chunks * kChunkChannels))
     refuse("too many tiles");
-  plan.blocks = ceil_div(items, ceil_div(items, limits.multiprocessors));
+  plan.dealing = deal(items, limits.multiprocessors, true);
   plan.shared_memory = shared_memory(program) + sum_bytes(program.batch);
   return plan;
 }
@@ -364,11 +378,13 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
   // A consumer waits for the next one before it gives the last one back.
   if (program.stages < 2) refuse("a tile has too few products");
   fill_units(steps, plan.taps, problem.width, program);
-  for (int consumer = 0; consumer < kConsumers; ++consumer) fill_runs(steps, consumer, program);
 
   plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
   plan.tiles_n = ceil_div(std::max(plan.groups[0].channels, plan.groups[1].channels), kGroupChannels);
-  plan.blocks = static_cast<int>(std::min<int64_t>(limits.multiprocessors, int64_t{plan.tiles_m} * plan.tiles_n));
+  const bool may_rotate = steps[0].taps > 1;
+  plan.dealing = deal(int64_t{plan.tiles_m} * plan.tiles_n, limits.multiprocessors, may_rotate);
+  for (int consumer = 0; consumer < kConsumers; ++consumer)
+    fill_runs(steps, consumer, plan.dealing.rotates(), program);
   plan.shared_memory = shared_memory(program);
   return plan;
 }

@@ -51,13 +51,21 @@ struct Tap {
   int dy, dx;
 };
 
+// How so many items a step are dealt to blocks: item i of step t, number t * period + i, to block number % blocks.
+struct Dealing {
+  int blocks = 0;
+  int period = 0;
+
+  bool rotates() const { return blocks > 0 && period % blocks != 0; }  // an item's block is another at each step
+};
+
 struct ForwardPlan {
   sm90::ForwardProgram program{};
   std::vector<Tap> taps;  // those of both groups first
   std::array<ColumnGroup, 2> groups{};
   int tiles_m = 0;  // tiles of pixels
   int tiles_n = 0;  // tiles of kGroupColumns / 4 channels of each group
-  int blocks = 0;
+  Dealing dealing;  // of tiles, those of the same channels one after another
   int shared_memory = 0;
   // First stage of a box in a tile's stream of weights: taps of both groups, one a stage; taps of the second, two.
   std::array<int, sm90::kMaxBoxes> both_stage{};
@@ -66,13 +74,13 @@ struct ForwardPlan {
   int64_t packed_bytes() const;
 };
 
-// A tile's sum over all gates and taps is cut into the program's pieces, one an item; items are dealt to blocks in
-// turn, all pieces of a tile after those of the tile before, tiles of the same pixels one after another.
+// A tile's sum over all gates and taps is cut into the program's pieces, one an item; all pieces of a tile come after
+// those of the tile before, tiles of the same pixels one after another.
 struct BackwardPlan {
   sm90::BackwardProgram program{};
   int tiles_m = 0;  // tiles of pixels
   int tiles_n = 0;  // tiles of hidden channels
-  int blocks = 0;
+  Dealing dealing;  // of items
   int shared_memory = 0;
 
   int items() const { return tiles_m * tiles_n * program.piece_count; }

@@ -22,15 +22,12 @@ constexpr int kBackwardThreads = 32 * kProducerWarps + kConsumerThreads + kFinis
 // All items of this block, at each step from the first one down to the last.
 template <typename Body>
 __device__ __forceinline__ void for_each_item(const Backward& params, int first_step, Body body) {
-  const int pieces = params.program.piece_count, last_step = params.dh_0 == nullptr ? 0 : -1;
-#pragma unroll 1
-  for (int step = first_step; step >= last_step; --step) {
-#pragma unroll 1
-    for (int index = blockIdx.x; index < params.items; index += gridDim.x) {
-      const int tile = index / pieces;
-      body(step, Item{index, tile, tile / params.tiles_n, tile % params.tiles_n, index % pieces});
-    }
-  }
+  const int pieces = params.program.piece_count;
+  deal(params.steps + (params.dh_0 != nullptr), params.items, params.period, [&](int steps_before, int index) {
+    const int step = params.steps - 1 - steps_before, tile = index / pieces;
+    if (step > first_step) return;
+    body(step, Item{index, tile, tile / params.tiles_n, tile % params.tiles_n, index % pieces});
+  });
 }
 
 // One lane: the weights of every item.
@@ -155,7 +152,7 @@ class GradientStep {
       c_prev_[half] = step > 0                 ? cells(step - 1, element)
                       : params_.c_0 != nullptr ? load4(params_.c_0 + element)
                                                : float4{};
-      dc_[half] = step < params_.steps - 1 ? load4(params_.dc + element) : float4{};
+      dc_[half] = step < params_.steps - 1 && !params_.shares_cells ? load4(params_.dc + element) : float4{};
       if (params_.dc_n != nullptr) {
         const int64_t length = params_.lengths == nullptr ? params_.steps : params_.lengths[image_of(half)];
         if (step == length - 1) dc_[half] = add(dc_[half], load4(params_.dc_n + element));
@@ -167,6 +164,14 @@ class GradientStep {
 #pragma unroll
       for (int k = 0; k < 4; ++k) dh_[half][k] = dh[k * params_.dh_channel];
     }
+  }
+
+  // Where another block may have had the next step: what comes from there, once the sums' pieces are known to be there.
+  __device__ __forceinline__ void load_carried(int step) {
+    if (!params_.shares_cells || step < 0 || step == params_.steps - 1) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (there(half)) dc_[half] = add(dc_[half], load4(params_.dc + element_of(half)));
   }
 
   // Stores what step's gates become, or dh_0. dh: the gradient of h_t through step t + 1.
@@ -279,6 +284,7 @@ __device__ __forceinline__ void finish_items(const Backward& params, const Share
 #pragma unroll 1
     for (int chunk = first; chunk < last; ++chunk) {
       if (chunk > first) gradients.load(step, item, chunk);
+      gradients.load_carried(step);
       float4 dh[2] = {};
       if (has_sums) sums.add_up(elected, dh);
       gradients.finish(step, dh);

@@ -40,6 +40,8 @@ struct Backward {
   uint32_t* finished;  // [tiles_m]: shares of dz
   int pixels, steps, height, width, hidden;
   int tiles_m, tiles_n, items;
+  int period;         // of dealing items to blocks
+  bool shares_cells;  // dc is read by other blocks than those that wrote it
   bool c_is_half;
 };
 

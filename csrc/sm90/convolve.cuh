@@ -49,6 +49,23 @@ struct SharedMemory {
   }
 };
 
+// What the blocks do: so many items a step, dealt to them in turn. With a period that the blocks divide, each has the
+// same items at every step; with one of `items` what is left over falls to other blocks at each, so that in the end none
+// has more to do than another.
+template <typename Body>
+__device__ __forceinline__ void deal(int steps, int items, int period, Body body) {
+  int step = 0;
+#pragma unroll 1
+  for (int item = blockIdx.x;; item += gridDim.x) {
+    if (item >= period) {
+      item -= period;
+      ++step;
+    }
+    if (step >= steps) return;
+    if (item < items) body(step, item);
+  }
+}
+
 // One lane: so many stages of packed weights.
 __device__ __forceinline__ void stream_weights(const Program& program, const SharedMemory& shared, const char* packed,
                                                int stages, RingPosition& ring) {

@@ -1,7 +1,7 @@
 // The recurrence forward on Hopper, one persistent launch over all steps.
 //
-// A block owns tiles of 128 pixels x 16 channels of each of two groups, with all four gates of them: a thread has the
-// gates of its channels in its own registers. Blocks tell each other by counters, one for each pixel tile and group,
+// A block is dealt tiles of 128 pixels x 16 channels of each of two groups, with all four gates of them: a thread has
+// the gates of its channels in its own registers. Blocks tell each other by counters, one for each pixel tile and group,
 // that their part of h_t is there; a tile waits for the pixel tiles that its taps touch, and for no others.
 #pragma once
 
@@ -32,6 +32,14 @@ __device__ __forceinline__ bool ends_at_barrier(const Forward& params, int step)
 struct Tile {
   int step, m, n;
 };
+
+// All tiles of this block, step by step.
+template <typename Body>
+__device__ __forceinline__ void for_each_tile(const Forward& params, Body body) {
+  deal(params.steps, params.tiles_m * params.tiles_n, params.period, [&](int step, int index) {
+    body(Tile{step, index % params.tiles_m, index / params.tiles_m});
+  });
+}
 
 // What one thread knows of one group of a tile: two rows of pixels, four neighbouring channels.
 template <typename T>
@@ -95,8 +103,8 @@ class GateStep {
     }
   }
 
-  // sums: the hidden-to-hidden part of the pre-activations, with the biases; overwritten. Publishes h_t first, then
-  // stores the rest.
+  // sums: the hidden-to-hidden part of the pre-activations, with the biases; overwritten. Publishes what other blocks
+  // read first, then stores the rest.
   __device__ __forceinline__ void finish(float (&sums)[32], Tile tile, int group) {
     const GroupOperands& g = params_.groups[group];
     T* state = static_cast<T*>(params_.state) + (tile.step + 1) % 2 * params_.pixels * params_.hidden;
@@ -124,7 +132,9 @@ class GateStep {
       h[half] = {HalfMath<T>::pack(values[0], values[1]), HalfMath<T>::pack(values[2], values[3])};
       if (there_[half]) *reinterpret_cast<uint2*>(state + (c_at_ + 8 * half * params_.hidden)) = h[half];
     }
+    if (params_.shares_cells) store_cells(tile.step);
     arrive_threads(finished_barrier(group), kPublishThreads);
+    if (!params_.shares_cells) store_cells(tile.step);
     store(sums, h, tile.step, g);
   }
 
@@ -146,16 +156,20 @@ class GateStep {
     return k % 2 == 0 ? pair.x : pair.y;
   }
 
+  __device__ __forceinline__ void store_cells(int step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (there_[half]) __stcs(reinterpret_cast<float4*>(c_of(step) + (c_at_ + 8 * half * params_.hidden)), c_[half]);
+  }
+
   __device__ __forceinline__ void store(const float (&sums)[32], const uint2 (&h)[2], int step,
                                         const GroupOperands& g) {
     const int image = params_.height * params_.width;
-    float* c = c_of(step);
     T* gates = z_of(g, step);
     auto* out = static_cast<uint16_t*>(params_.h) + int64_t{step} * params_.hidden * image;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (!there_[half]) continue;
-      __stcs(reinterpret_cast<float4*>(c + (c_at_ + 8 * half * params_.hidden)), c_[half]);
       if (params_.keep) {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
@@ -186,42 +200,38 @@ class GateStep {
 // One warp: the boxes of every tile, once the blocks that make them have published them.
 __device__ __forceinline__ void load_images(const Forward& params, const SharedMemory& shared, const CUtensorMap* map) {
   const ForwardProgram& program = params.program;
-  const int lane = threadIdx.x % 32, tiles = params.tiles_m * params.tiles_n;
+  const int lane = threadIdx.x % 32;
   RingPosition ring;
-  for (int step = params.has_h_0 ? 0 : 1; step < params.steps; ++step) {
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const Neighbours near(program, tile % params.tiles_m, params.tiles_m);
-      for (int box = 0; box < program.box_count; ++box) {
-        wait(shared.box_empty + 8 * ring.index, ring.phase ^ 1);
-        for (int group = 0; group < 2; ++group) {
-          if ((program.boxes[box].groups >> group & 1) == 0) continue;
-          for (int m = near.first + lane; m <= near.last; m += 32)
-            wait_counter(params.counters + group * params.tiles_m + m, step * params.tiles_n);
-        }
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0)
-          load_box(program, shared, map, program.boxes[box].channel, step % 2 * params.pixels + near.first_row,
-                   ring.index);
-        __syncwarp();
-        ring.advance(program.box_slots);
+  for_each_tile(params, [&](Tile tile) {
+    if (!has_products(params, tile.step)) return;
+    const Neighbours near(program, tile.m, params.tiles_m);
+    for (int box = 0; box < program.box_count; ++box) {
+      wait(shared.box_empty + 8 * ring.index, ring.phase ^ 1);
+      for (int group = 0; group < 2; ++group) {
+        if ((program.boxes[box].groups >> group & 1) == 0) continue;
+        for (int m = near.first + lane; m <= near.last; m += 32)
+          wait_counter(params.counters + group * params.tiles_m + m, tile.step * params.tiles_n);
       }
+      fence_proxy_async();
+      __syncwarp();
+      if (lane == 0)
+        load_box(program, shared, map, program.boxes[box].channel, tile.step % 2 * params.pixels + near.first_row,
+                 ring.index);
+      __syncwarp();
+      ring.advance(program.box_slots);
     }
-  }
+  });
 }
 
 // One warp: tells the other blocks what the consumers have finished, so that these do not wait for memory.
 __device__ __forceinline__ void publish_tiles(const Forward& params) {
-  const int tiles = params.tiles_m * params.tiles_n;
-  for (int step = 0; step < params.steps; ++step) {
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      for (int group = 0; group < 2; ++group) {
-        sync_threads(finished_barrier(group), kPublishThreads);
-        if (threadIdx.x % 32 == 0) publish(params.counters + group * params.tiles_m + tile % params.tiles_m);
-        if (group == 0 && ends_at_barrier(params, step)) sync_threads(kTileBarrier, kPublishThreads);
-      }
+  for_each_tile(params, [&](Tile tile) {
+    for (int group = 0; group < 2; ++group) {
+      sync_threads(finished_barrier(group), kPublishThreads);
+      if (threadIdx.x % 32 == 0) publish(params.counters + group * params.tiles_m + tile.m);
+      if (group == 0 && ends_at_barrier(params, tile.step)) sync_threads(kTileBarrier, kPublishThreads);
     }
-  }
+  });
 }
 
 // Two warpgroups: products and gates.
@@ -229,7 +239,6 @@ template <typename T>
 __device__ __forceinline__ void consume(const Forward& params, const SharedMemory& shared) {
   const ForwardProgram& program = params.program;
   const int warp = uniform(threadIdx.x / 32) - kProducerWarps, consumer = warp / 4;
-  const int tiles = params.tiles_m * params.tiles_n;
   FragmentRow lane(program, warp);
   GateStep<T> gates(params, warp);
   RingPosition weights;
@@ -237,50 +246,46 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
   float first[32], second[32], finished[32];  // finished: the second group of the tile before
   Tile before{};
   bool pending = false;
-  int placed = -1;
+  int placed = -1;  // pixels of the tile last placed: many blocks have one tile alone
 
-  for (int step = 0; step < params.steps; ++step) {
-    const bool multiplies = has_products(params, step);
-    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-      const Tile tile{step, index % params.tiles_m, index / params.tiles_m};
-      if (index != placed) {  // many blocks have one tile alone
-        placed = index;
-        gates.place(tile.m);
-        lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,
-                   params.width);
-      }
-      if (!pending) gates.load(tile, 0);
-      gates.begin(first, tile, 0);
-      gates.begin(second, tile, 1);
+  for_each_tile(params, [&](Tile tile) {
+    const bool multiplies = has_products(params, tile.step);
+    if (tile.m != placed) {
+      placed = tile.m;
+      gates.place(tile.m);
+      lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,
+                 params.width);
+    }
+    gates.begin(first, tile, 0);
+    gates.begin(second, tile, 1);
 
 #pragma unroll 1
-      for (int r = 0; r < program.run_count[consumer]; ++r) {
-        const Run run = program.runs[consumer][r];
-        const bool early = (run.actions & kFinishSecondEarly) != 0 && index == blockIdx.x;
-        if (pending && (early || (run.actions & kFinishSecond) != 0)) {
-          gates.finish(finished, before, 1);
-          gates.load(tile, 0);
-          pending = false;
-        }
-        if ((run.actions & kFinishFirst) != 0) {
-          gates.finish(first, tile, 0);
-          gates.load(tile, 1);
-        }
-        if (!multiplies || run.count == 0) continue;
-        if (run.columns == Columns::kBoth) {
-          multiply_run<Columns::kBoth, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
-        } else {
-          multiply_run<Columns::kSecond, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
-        }
+    for (int r = 0; r < program.run_count[consumer]; ++r) {
+      const Run run = program.runs[consumer][r];
+      const bool early = (run.actions & kFinishSecondEarly) != 0 && tile.step != before.step;
+      if (pending && (early || (run.actions & kFinishSecond) != 0)) {
+        gates.finish(finished, before, 1);
+        pending = false;
       }
-      if (multiplies) boxes = boxes.at(program, program.box_count);
-      if (ends_at_barrier(params, step)) sync_threads(kTileBarrier, kPublishThreads);
-#pragma unroll
-      for (int i = 0; i < 32; ++i) finished[i] = second[i];
-      before = tile;
-      pending = true;
+      if ((run.actions & kFinishSecond) != 0) gates.load(tile, 0);
+      if ((run.actions & kFinishFirst) != 0) {
+        gates.finish(first, tile, 0);
+        gates.load(tile, 1);
+      }
+      if (!multiplies || run.count == 0) continue;
+      if (run.columns == Columns::kBoth) {
+        multiply_run<Columns::kBoth, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
+      } else {
+        multiply_run<Columns::kSecond, T>(program, shared, lane, boxes, run.first, run.count, weights, first, second);
+      }
     }
-  }
+    if (multiplies) boxes = boxes.at(program, program.box_count);
+    if (ends_at_barrier(params, tile.step)) sync_threads(kTileBarrier, kPublishThreads);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) finished[i] = second[i];
+    before = tile;
+    pending = true;
+  });
   if (pending) gates.finish(finished, before, 1);
 }
 
@@ -296,13 +301,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     give_registers<40>();
     if (warp == 0 && threadIdx.x == 0) {
       RingPosition ring;
-      for (int step = params.has_h_0 ? 0 : 1; step < params.steps; ++step) {
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-          const int64_t stages = int64_t{tile / params.tiles_m} * params.program.stages_per_tile;
-          stream_weights(params.program, shared, params.packed + stages * kStageBytes, params.program.stages_per_tile,
-                         ring);
-        }
-      }
+      for_each_tile(params, [&](Tile tile) {
+        if (!has_products(params, tile.step)) return;
+        const int64_t stages = int64_t{tile.n} * params.program.stages_per_tile;
+        stream_weights(params.program, shared, params.packed + stages * kStageBytes, params.program.stages_per_tile,
+                       ring);
+      });
     } else if (warp == 1) {
       load_images(params, shared, &state);
     } else if (warp == 2) {

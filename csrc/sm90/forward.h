@@ -32,6 +32,8 @@ struct Forward {
   uint32_t* counters;  // [2, tiles_m], zeros: how often a tile's group has been published
   int pixels, steps, height, width, hidden;
   int tiles_m, tiles_n;
+  int period;         // of dealing tiles to blocks
+  bool shares_cells;  // c_t is read by other blocks than those that wrote it
   bool has_h_0;  // without, the first step has no products
   bool keep;
 };

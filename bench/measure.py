@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from .contestants import Contestant, builders, hidden_convolutions
+from .contestants import Compiled, Contestant, builders, hidden_convolutions
 from .machine import environment
 from .timing import peak_rate, take_turns
 from .workloads import WORKLOADS, Workload
@@ -58,9 +58,9 @@ def kept_bytes(contestant: Contestant) -> int:
 
 
 def peak_bytes(contestant: Contestant) -> int | None:
-    """Most GPU memory that an eager training step takes, its gradients included; None on CPUs."""
+    """Most GPU memory that an eager training step takes, with its gradients; None on CPUs, and of what has a pool."""
     device = contestant.x.device
-    if device.type != "cuda":
+    if device.type != "cuda" or isinstance(contestant, Compiled):
         return None
     contestant.clear()
     torch.cuda.synchronize(device)
@@ -160,7 +160,7 @@ def run_workload(
     if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         tolerance = TF32_TOLERANCE
 
-    made, setup, errors, exact = {}, {}, {}, None
+    made, setup, errors, peaks, exact = {}, {}, {}, {}, None
     for name, make in builders(workload, device, dtype, with_compile).items():
         if not only(name):
             continue
@@ -181,7 +181,7 @@ def run_workload(
             raise RuntimeError(
                 f"{label}: {name} is {errors[name]} away from float64, at most {tolerance} is right; not timed"
             )
-        made[name] = contestant
+        made[name], peaks[name] = contestant, peak_bytes(contestant)
 
     progress(f"{label}: timing")
     forward = take_turns({name: c.forward for name, c in made.items()}, device, seconds)
@@ -189,7 +189,6 @@ def run_workload(
     records = []
     for name, contestant in made.items():
         tflops = 3 * workload.forward_flops / training[name].median / 1e9
-        peak = peak_bytes(contestant)
         records.append(
             Record(
                 workload=workload.name,
@@ -203,7 +202,7 @@ def run_workload(
                 share_of_peak=tflops / rate,
                 setup_s=setup[name],
                 kept_mib=kept_bytes(contestant) / 2**20,
-                peak_mib=None if peak is None else peak / 2**20,
+                peak_mib=None if peaks[name] is None else peaks[name] / 2**20,
                 gpu_busy=gpu_busy(contestant),
                 output_error=errors[name][0],
                 gradient_error=errors[name][1],

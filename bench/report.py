@@ -31,7 +31,7 @@ def rows(results: dict) -> list[tuple[str, ...]]:
             (
                 r["workload"],
                 r["dtype"],
-                r["contestant"],
+                label(r),
                 f"{r['forward_ms']:.3g}",
                 f"{r['training_ms']:.3g}",
                 f"{b['forward_ms'] / r['forward_ms']:.2f} / {b['training_ms'] / r['training_ms']:.2f}",
@@ -42,6 +42,12 @@ def rows(results: dict) -> list[tuple[str, ...]]:
             )
         )
     return table
+
+
+def label(record: dict) -> str:
+    """A contestant's name, with the time to compile it where that is long."""
+    name = record["contestant"]
+    return f"{name} ({record['setup_s']:.0f} s to compile)" if "torch.compile" in name else name
 
 
 def markdown(results: dict) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from .contestants import BASELINE
@@ -70,20 +71,22 @@ def markdown(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Bars of training time for each workload and dtype, relative to the usual loop.
+    """Bars of training time for each workload and dtype, relative to the usual loop; peers in grey.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     groups = list(dict.fromkeys((r["workload"], r["dtype"]) for r in results["records"]))
     names = list(dict.fromkeys(r["contestant"] for r in results["records"]))
-    figure, (axes,) = new_figure(1.5 + 2.2 * len(groups), 4.5)
+    peers = [name for name in names if not name.startswith("ours")]
+    colors = {name: str(0.85 - 0.6 * k / len(peers)) for k, name in enumerate(peers)}
+    figure, (axes,) = new_figure(1.5 + 2.2 * len(groups), 5.5)
     times = {(r["workload"], r["dtype"], r["contestant"]): r["training_ms"] for r in results["records"]}
     width = 0.8 / len(names)
     for k, name in enumerate(names):
-        heights = [times[(*g, BASELINE)] / times[(*g, name)] if (*g, name) in times else 0 for g in groups]
+        heights = [times[(*g, BASELINE)] / times[(*g, name)] if (*g, name) in times else math.nan for g in groups]
         places = [x + k * width for x in range(len(groups))]
-        bars = axes.bar(places, heights, width, label=name, color="0.7" if name == BASELINE else None)
+        bars = axes.bar(places, heights, width, label=name, color=colors.get(name))
         labels = [f"{times[(*g, name)]:.3g}" if (*g, name) in times else "" for g in groups]
         axes.bar_label(bars, labels, fontsize=7, rotation=90, padding=2)
     for x, (workload, dtype) in enumerate(groups):  # what the chip could do
@@ -94,8 +97,11 @@ def plot(results: dict, path: Path) -> None:
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], [f"{w}\n{d}" for w, d in groups])
     axes.set_ylabel(f"speed-up over the {BASELINE}")
     axes.set_title(f"forward + backward on {results['device']} (numbers: ms)", fontsize=10)
-    axes.margins(y=0.15)
-    axes.legend(fontsize=8)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, 2 * top)  # room for the numbers
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(path, dpi=150)
 
 

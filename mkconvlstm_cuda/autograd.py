@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import layout, ops, reference
+from . import ops, reference
 from .backward import LayerBackward, pieces
 from .convolution import (
     TransitionWeights,
@@ -232,7 +232,8 @@ class SequenceFunction(Function):
             run.dpeephole,
             None if run.dbias is None else run.dbias.to(bias.dtype),
             None,
-            *map(as_parameter, (*run.input_grads, *run.hidden_grads)),
+            *run.input_grads,
+            *run.hidden_grads,
         )
 
     @staticmethod
@@ -267,11 +268,6 @@ class SequenceFunction(Function):
         grads = torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True)
         remaining = iter(grads)
         return tuple(next(remaining) if needed else None for needed in ctx.needs_input_grad)
-
-
-def as_parameter(grad: Tensor | None) -> Tensor | None:
-    """A weight's gradient laid out as weights are, or torch would do it, more slowly."""
-    return layout.contiguous(grad) if grad is not None and grad.dim() == 4 else grad
 
 
 def keeps_graph() -> bool:

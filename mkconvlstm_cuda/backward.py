@@ -95,7 +95,10 @@ class LayerBackward:
         self.c = self.dc_n = None  # not needed any more, and large
         if self.c_0 is None:
             self.dc_0 = None
-        tasks = [partial(self.over_spans, gates, weights) for weights in (self.hidden_weights, self.input_weights)]
+        tasks = [
+            partial(self.over_spans, gates, self.hidden_weights, self.hidden_grads),
+            partial(self.over_spans, gates, self.input_weights, self.input_grads),
+        ]
         if self.needs_x:
             tasks.append(partial(self.input, gates, slice(0, steps)))
         batch, _, _, height, width = self.h.shape
@@ -123,6 +126,8 @@ class LayerBackward:
             if self.needs_x:
                 self.input(gates, here)
             del gates  # before the next piece's are made
+        lay_out(self.hidden_grads)
+        lay_out(self.input_grads)
 
     def recurrence(self, gates: list[Tensor], here: slice, c: Tensor, c_0: Tensor | None) -> None:
         """Backward through the steps ``here``: ``gates`` become their gradients. The later steps have been.
@@ -150,10 +155,13 @@ class LayerBackward:
         if self.dpeephole is not None:
             self.dpeephole += aten.peephole_gradient(gates, c, c_0, self.peephole, self.output_peephole)
 
-    def over_spans(self, dz: list[Tensor], add_gradients: Callable[[list[Tensor], slice], None]) -> None:
-        """``add_gradients`` for all steps, span by span."""
+    def over_spans(
+        self, dz: list[Tensor], add_gradients: Callable[[list[Tensor], slice], None], grads: list[Tensor | None]
+    ) -> None:
+        """``add_gradients`` to ``grads`` for all steps, span by span."""
         for here in self.spans:
             add_gradients([p[:, here] for p in dz], here)
+        lay_out(grads)
 
     def hidden_weights(self, dz: list[Tensor], here: slice) -> None:
         """Add what ``dz``, the parts of the steps ``here``, has to say of the hidden transition's gradients."""
@@ -182,6 +190,11 @@ class LayerBackward:
         if self.dx is None:
             self.dx = torch.empty_like(self.x, memory_format=torch.contiguous_format)
         layout.copy(self.dx[:, here], dx)
+
+
+def lay_out(grads: list[Tensor | None]) -> None:
+    """Gradients of weights as weights are laid out, in place of themselves, or torch would do it, more slowly."""
+    grads[:] = [layout.contiguous(g) if g is not None and g.dim() == 4 else g for g in grads]
 
 
 def add(totals: list[Tensor | None], grads: list[Tensor | None]) -> None:

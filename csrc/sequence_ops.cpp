@@ -49,8 +49,8 @@ Pass new_pass(const Plan& plan, const Sizes& sizes) {
   return pass;
 }
 
-void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTensor weight_1, OptionalTensor bias, Tensor h,
-                  Tensor c, OptionalTensor h_0, OptionalTensor c_0, bool keep) {
+void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTensor weight_1, OptionalTensor bias,
+                  Tensor h, Tensor c, OptionalTensor h_0, OptionalTensor c_0, bool keep) {
   const char* op = "sm90_forward";
   const Checker checker(op, z_0);
   STD_TORCH_CHECK(h.dim() == 5, op, ": h must be [batch, steps, hidden, height, width]");

@@ -17,8 +17,8 @@ constexpr int kMaxBoxRows = 256;  // of one TMA load
 constexpr int kSwizzleRows = 8;   // rows after which the swizzle of shared memory repeats
 constexpr int kMinStages = 4;
 constexpr int kMaxRadius = 15;  // of a kernel; bits of a word say which neighbours lie inside the image
-// How many taps the second consumer multiplies before it finishes a group. The first one finishes at once, so that one
-// of them keeps the tensor cores busy while the other computes gates.
+// How many taps the second consumer multiplies before it finishes a group. The first one finishes at once, or after a
+// tap, so that one of them keeps the tensor cores busy while the other computes gates.
 constexpr int kDelayBoth = 4;
 constexpr int kDelaySecond = 8;
 constexpr int kBackwardBoxes = 2;  // at a time: one is multiplied, the next is on its way
@@ -128,7 +128,7 @@ void divide_shared_memory(const HopperLimits& limits, int reserved, int box_slot
   if (program.stages < kMinStages) refuse("the image is too wide: a tile and its halo do not fit into shared memory");
 }
 
-// The same items for a block at every step; or all of them in turn where that leaves many blocks idle, and `may_rotate`.
+// The same items for a block at every step; all of them in turn where that leaves many blocks idle, and `may_rotate`.
 Dealing deal(int64_t items, int multiprocessors, bool may_rotate) {
   const int64_t rounds = ceil_div(items, multiprocessors);
   if (may_rotate && 20 * rounds * multiprocessors >= 21 * items && rounds > 1)
@@ -381,10 +381,8 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
 
   plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
   plan.tiles_n = ceil_div(std::max(plan.groups[0].channels, plan.groups[1].channels), kGroupChannels);
-  const bool may_rotate = steps[0].taps > 1;
-  plan.dealing = deal(int64_t{plan.tiles_m} * plan.tiles_n, limits.multiprocessors, may_rotate);
-  for (int consumer = 0; consumer < kConsumers; ++consumer)
-    fill_runs(steps, consumer, plan.dealing.rotates(), program);
+  plan.dealing = deal(int64_t{plan.tiles_m} * plan.tiles_n, limits.multiprocessors, steps[0].taps > 1);
+  for (int i = 0; i < kConsumers; ++i) fill_runs(steps, i, plan.dealing.rotates(), program);
   plan.shared_memory = shared_memory(program);
   return plan;
 }

@@ -241,8 +241,9 @@ def examine(p: Problem, device: torch.device) -> Failure | None:
     """What is wrong with the problem's backend on this problem; None if nothing.
 
     An error may be past its limit by chance, torch's own being small by luck. Where it is so by less than CHANCE times,
-    medians over DRAWS more draws of all values are compared in place of the one: in some draws of a long recurrence the
-    slightest difference grows until nothing is right, torch's own neither, and these say nothing of the others.
+    DRAWS more draws of all values are looked at: their median has to be within the limits. In some draws of a long
+    recurrence the slightest difference grows until nothing is right, torch's own neither, which says nothing of the
+    others; but no draw may be past its limit by CHANCE times.
 
     Raises:
         dispatch.Refusal: the backend cannot serve.
@@ -276,10 +277,10 @@ def examine(p: Problem, device: torch.device) -> Failure | None:
         exact = exact_results(neutral, device)
         draws.append((distances(results, exact, doubtful), distances(torch_results(neutral, device), exact, doubtful)))
     for name in doubtful:
-        error, own = (median(distance[name] for distance in side) for side in zip(*draws, strict=True))
-        most = limit(p, own, device)
-        if error > most:
-            return Failure(p, "wrong", f"{name}: median of relative errors {error:.1e}, limit {most:.1e}")
+        shares = [of_ours[name] / limit(p, of_torch[name], device) for of_ours, of_torch in draws]
+        if max(shares) > CHANCE or median(shares) > 1:
+            told = f"{median(shares):.2g} times its limit in the median of {DRAWS} draws, {max(shares):.2g} at most"
+            return Failure(p, "wrong", f"{name}: relative error {told}")
     return None
 
 

@@ -16,7 +16,7 @@ def has_kernels(*tensors: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return not torch.compiler.is_compiling() and triton_backend.installed()
+    return not torch.compiler.is_compiling() and triton_backend.available() is None
 
 
 def copy(target: Tensor, source: Tensor) -> None:

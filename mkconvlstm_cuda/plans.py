@@ -9,8 +9,8 @@ import torch
 Kernels = list[tuple[int, int]]  # kernel size, F_r
 
 SHOWN = (
-    "blocks", "pieces", "tile_channels", "tiles_m", "tiles_n", "windows", "window", "groups", "split", "stages",
-    "box_slots", "box_rows", "shared_memory",
+    "blocks", "period", "pieces", "tile_channels", "tiles_m", "tiles_n", "windows", "window", "groups", "split",
+    "stages", "box_slots", "box_rows", "shared_memory",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def pays(
     """Whether a convolution of ``images`` (N, H, W) with a weight of ``shape`` (O, C, kh, kw) is faster unfolded.
 
     Then its weight's gradient is, too; ``of_input`` asks for its input's. Unfolded images must be no larger than the
-    outputs; their gradient, made of few images at a time, may be.
+    outputs; their gradient, made of few images at a time, may be twice as large.
     """
     outputs, channels, _, kernel = shape
     pixels = math.prod(images)
@@ -48,9 +48,10 @@ def pays(
         return False
     if outputs * pixels < FEWEST_OUTPUTS or pixels > 1 << 30:  # which the kernels count in 31 bits
         return False
+    unfolded = unfolded_channels(channels, kernel)
     if of_input:
-        return channels <= MOST_CHANNELS_OF_GRADIENT
-    return channels <= MOST_CHANNELS and unfolded_channels(channels, kernel) <= outputs
+        return channels <= MOST_CHANNELS_OF_GRADIENT and unfolded <= 2 * outputs
+    return channels <= MOST_CHANNELS and unfolded <= outputs
 
 
 def serves(weight: Tensor, images: tuple[int, int, int], dilation: Sequence[int], of_input: bool = False) -> bool:
@@ -87,6 +88,8 @@ def unfolded_weight(weight: Tensor) -> Tensor:
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """The gradient [N, C, H, W] of a "same" convolution's input, channels-last, few images at a time.
+
+    It is a sum of kw parts, each rounded to dy's dtype, in float16 to infinity where one of them passes 65504.
 
     ``dy`` [N, O, H, W], channels-last; ``weight`` [O, C, kh, kw].
     """

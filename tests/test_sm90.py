@@ -23,6 +23,9 @@ PROBLEMS = {
     "ucf_mk35": (10, 3, (14, 14), [(3, 256), (5, 256)]),  # boxes do not all fit
     "mnist_57": (16, 3, (16, 16), [(5, 64), (7, 64)]),
     "radar_35": (4, 3, (96, 96), [(3, 32), (5, 32)]),  # several tiles a block, both groups in one box
+    "rotating_short": (12, 9, (32, 32), [(3, 64)]),  # tiles go to other blocks at each step
+    "rotating_boxes": (10, 5, (32, 32), [(3, 128)]),
+    "rotating_one_box": (30, 3, (3, 150), [(5, 72)]),
     "odd_sizes": (3, 4, (9, 7), [(3, 24), (5, 40)]),
     "larger_kernel_first": (2, 3, (13, 21), [(5, 16), (3, 8)]),
     "one_tile": (1, 3, (5, 5), [(3, 8)]),

@@ -217,6 +217,8 @@ def test_weights_stay_as_they_are_where_nothing_else_pays(uses, batch, dtype):
         ((128, 17, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, True),
         ((128, 33, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, False),
         ((256, 64, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, False),
+        ((48, 32, 3, 3), (160, 96, 96), torch.bfloat16, (1, 1), False, True),  # 96 unfolded channels
+        ((47, 32, 3, 3), (160, 96, 96), torch.bfloat16, (1, 1), False, False),
         ((64, 16, 5, 5), (160, 32, 32), torch.float16, (1, 1), False, True),  # 80 channels, rounded up to 96
         ((96, 16, 5, 5), (160, 32, 32), torch.float16, (1, 1), True, True),
         ((256, 16, 5, 5), (32, 16, 16), torch.float16, (1, 1), True, True),

@@ -136,7 +136,7 @@ class GradientStep {
 
   __device__ __forceinline__ void place(const Item& item) { pixel_ = item.m * kTileRows + row_; }
 
-  // Everything but the sums, early enough that it is there when they are.
+  // Everything but the sums and what other blocks carry on, early enough that it is there when they are.
   __device__ __forceinline__ void load(int step, const Item& item, int chunk) {
     channel_at_ = (item.n * params_.program.chunks + chunk) * kChunkChannels + channel_;
     if (step < 0) return;

@@ -50,8 +50,8 @@ struct SharedMemory {
 };
 
 // What the blocks do: so many items a step, dealt to them in turn. With a period that the blocks divide, each has the
-// same items at every step; with one of `items` what is left over falls to other blocks at each, so that in the end none
-// has more to do than another.
+// same items at every step; with one of `items` what is left over falls to other blocks at each, so that in the end
+// none has more to do than another.
 template <typename Body>
 __device__ __forceinline__ void deal(int steps, int items, int period, Body body) {
   int step = 0;

@@ -1,8 +1,8 @@
 // The recurrence forward on Hopper, one persistent launch over all steps.
 //
 // A block is dealt tiles of 128 pixels x 16 channels of each of two groups, with all four gates of them: a thread has
-// the gates of its channels in its own registers. Blocks tell each other by counters, one for each pixel tile and group,
-// that their part of h_t is there; a tile waits for the pixel tiles that its taps touch, and for no others.
+// the gates of its channels in its own registers. Blocks tell each other by counters, one for each pixel tile and
+// group, that their part of h_t is there; a tile waits for the pixel tiles that its taps touch, and for no others.
 #pragma once
 
 #include "../gates.cuh"
@@ -17,16 +17,20 @@ constexpr int kThreads = 32 * (kProducerWarps + 4 * kConsumers);
 constexpr int kTileChannels = kGroupColumns / 4;
 constexpr int kPublishThreads = 128 * kConsumers + 32;
 
-// Named barriers: 1 + group, and one after each short tile, which is all that keeps consumers from being a tile ahead of
-// one another and of what publishes their tiles.
+// Named barriers: 1 + group, and one after each short tile, which is all that keeps consumers from being a tile ahead
+// of one another and of what publishes their tiles.
 __device__ __forceinline__ int finished_barrier(int group) { return 1 + group; }
 constexpr int kTileBarrier = 3;
-constexpr int kShortTile = 8;  // stages of weights: more of them take longer than it takes to publish two groups
+// Stages of weights: more of them take longer than it takes to publish two groups. Where tiles rotate, a consumer may
+// finish a tile's second group after the next one's first unit and that of the next before, with fewer stages between.
+constexpr int kShortTile = 8, kShortRotatingTile = 16;
+static_assert(kShortRotatingTile >= kMaxStages + 1);
 
 __device__ __forceinline__ bool has_products(const Forward& params, int step) { return step > 0 || params.has_h_0; }
 
 __device__ __forceinline__ bool ends_at_barrier(const Forward& params, int step) {
-  return !has_products(params, step) || params.program.stages_per_tile <= kShortTile;
+  const int longest = params.shares_cells ? kShortRotatingTile : kShortTile;
+  return !has_products(params, step) || params.program.stages_per_tile <= longest;
 }
 
 struct Tile {
@@ -64,6 +68,7 @@ class GateStep {
   }
 
   // Pre-activations and c_{t-1}, early enough that nobody waits for them when the same tile and group are finished.
+  // Where other blocks may have made the cells, not before a box of the step before is there.
   __device__ __forceinline__ void load(Tile tile, int group) {
     const GroupOperands& g = params_.groups[group];
     const int channel = tile.n * kTileChannels + channel_, hidden_channel = g.first_hidden + channel;

@@ -47,7 +47,7 @@ struct alignas(8) Unit {
 // What a consumer does before a run of units.
 enum Action : uint8_t {
   kFinishFirst = 1,        // the first group's sums of this tile are complete
-  kFinishSecond = 2,       // finish the second group of the previous tile, unless that has been done
+  kFinishSecond = 2,       // the previous tile's second, unless that has been done; this tile's cells are there
   kFinishSecondEarly = 4,  // the same, where this tile may have to wait for what the previous one has to publish
 };
 

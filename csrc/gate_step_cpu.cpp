@@ -24,11 +24,27 @@ MKCONVLSTM_INLINE T* address(const Operand& operand, const Tile& tile, int64_t c
          (channel_offset + tile.channel) * operand.channel + tile.pixel * operand.pixel;
 }
 
+// The same for channels that lie side by side, kMany of them at a time: as many as a vector takes, so that few channels
+// are no loop of their own at every pixel.
+template <int kMany, typename Visit>
+MKCONVLSTM_INLINE void walk_together(const Operand& operand, const Tile& tile, Visit visit) {
+  for (int64_t p = 0; p < tile.pixels; ++p) {
+    for (int64_t c = 0; c < tile.channels; c += kMany) {
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kMany; ++k) visit(p * tile.channels + c + k, p * operand.pixel + c + k);
+    }
+  }
+}
+
 // Calls visit(k, at) for each element: k counts within the tile, `at` within the operand. Innermost is what lies
 // closest in memory.
 template <typename Visit>
 MKCONVLSTM_INLINE void walk(const Operand& operand, const Tile& tile, Visit visit) {
-  if (operand.channel == 1) {
+  if (operand.channel == 1 && tile.channels % 16 == 0) {
+    walk_together<16>(operand, tile, visit);
+  } else if (operand.channel == 1 && tile.channels % 8 == 0) {
+    walk_together<8>(operand, tile, visit);
+  } else if (operand.channel == 1) {
     for (int64_t p = 0; p < tile.pixels; ++p) {
       for (int64_t c = 0; c < tile.channels; ++c) visit(p * tile.channels + c, p * operand.pixel + c);
     }

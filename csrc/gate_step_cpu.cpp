@@ -24,10 +24,10 @@ MKCONVLSTM_INLINE T* address(const Operand& operand, const Tile& tile, int64_t c
          (channel_offset + tile.channel) * operand.channel + tile.pixel * operand.pixel;
 }
 
-// The same for channels that lie side by side, kMany of them at a time: as many as a vector takes, so that few channels
-// are no loop of their own at every pixel.
+// `walk` where channels lie side by side, kMany of them at a time: as many as a vector takes, so that few channels are no
+// loop of their own at every pixel.
 template <int kMany, typename Visit>
-MKCONVLSTM_INLINE void walk_together(const Operand& operand, const Tile& tile, Visit visit) {
+MKCONVLSTM_INLINE void walk_channels(const Operand& operand, const Tile& tile, Visit visit) {
   for (int64_t p = 0; p < tile.pixels; ++p) {
     for (int64_t c = 0; c < tile.channels; c += kMany) {
 #pragma GCC unroll 16
@@ -40,19 +40,17 @@ MKCONVLSTM_INLINE void walk_together(const Operand& operand, const Tile& tile, V
 // closest in memory.
 template <typename Visit>
 MKCONVLSTM_INLINE void walk(const Operand& operand, const Tile& tile, Visit visit) {
-  if (operand.channel == 1 && tile.channels % 16 == 0) {
-    walk_together<16>(operand, tile, visit);
-  } else if (operand.channel == 1 && tile.channels % 8 == 0) {
-    walk_together<8>(operand, tile, visit);
-  } else if (operand.channel == 1) {
-    for (int64_t p = 0; p < tile.pixels; ++p) {
-      for (int64_t c = 0; c < tile.channels; ++c) visit(p * tile.channels + c, p * operand.pixel + c);
-    }
-  } else {
+  if (operand.channel != 1) {
     for (int64_t c = 0; c < tile.channels; ++c) {
       for (int64_t p = 0; p < tile.pixels; ++p)
         visit(p * tile.channels + c, p * operand.pixel + c * operand.channel);
     }
+  } else if (tile.channels % 16 == 0) {
+    walk_channels<16>(operand, tile, visit);
+  } else if (tile.channels % 8 == 0) {
+    walk_channels<8>(operand, tile, visit);
+  } else {
+    walk_channels<1>(operand, tile, visit);
   }
 }
 

@@ -147,8 +147,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mkconvlstm, m) {
       "Tensor(c!) h, Tensor(d!) c, Tensor? h_0, Tensor? c_0, bool keep) -> ()";
   // Backward. The gates become the gradients of the pre-activations. c [steps, batch, height, width, hidden], float32
   // or of their type; dh [batch, steps, hidden, height * width] of any strides; dc_n, dh_0 and dc [pixels, hidden], the
-  // last two written; lengths [batch] int64: the steps after which dc_n enters. Kernels with resident
-  // weights also sum the gradients of pre-activations over the steps: dbias [pixels, 4 * hidden] float32, gate-major.
+  // last two written; lengths [batch] int64: the steps after which dc_n enters. Kernels with resident weights also sum
+  // the gradients of pre-activations over the steps: dbias [pixels, 4 * hidden] float32, gate-major.
   const std::string backward =
       "_backward(Tensor(a!) gates_0, Tensor(b!)? gates_1, Tensor weight_0, Tensor? weight_1, Tensor c, Tensor? c_0, "
       "Tensor? dh, Tensor? dc_n, Tensor? lengths, Tensor(c!)? dh_0, Tensor(d!) dc";

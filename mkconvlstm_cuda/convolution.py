@@ -165,26 +165,14 @@ def whole_bias(w: TransitionWeights, bias: Tensor | None) -> Tensor | None:
 
 def prepared(b: BranchWeights, images: tuple[int, int, int], uses: int, gradient: bool = False) -> BranchWeights:
     """``b`` with the fastest way known to compute its convolution, or with ``gradient`` its input's gradient."""
-    way = prepare(b.weight, None if gradient else b.bias, b.padding, b.dilation, images, uses, gradient)
+    if not unfolding.serves(b.weight, images, b.dilation, of_input=gradient):
+        bias = None if gradient else b.bias
+        way = cpu_convolution.prepare(b.weight, bias, b.padding, b.dilation, images, uses, gradient)
+    elif gradient:
+        way = partial(unfolding.input_gradient, weight=b.weight)
+    else:
+        way = partial(unfolded_forward, b=b, rows=unfolding.unfolded_weight(b.weight))
     return replace(b, way=way)
-
-
-def prepare(
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: list[int],
-    dilation: Sequence[int],
-    images: tuple[int, int, int],
-    uses: int,
-    gradient: bool = False,
-) -> Callable[[Tensor], Tensor] | None:
-    """What is faster on its device than torch's own; see :func:`cpu_convolution.prepare`."""
-    if not unfolding.serves(weight, images, dilation, of_input=gradient):
-        return cpu_convolution.prepare(weight, bias, padding, dilation, images, uses, gradient)
-    if gradient:
-        return lambda dy: unfolding.input_gradient(dy, weight)
-    rows, kernel = unfolding.unfolded_weight(weight), weight.shape[3]
-    return lambda x: convolve(unfolding.unfold(x, kernel), rows, bias, [padding[0], 0], dilation)
 
 
 def tensor_cores_allowed(dtype: torch.dtype) -> bool:
@@ -199,6 +187,11 @@ def branch_forward(x: Tensor, b: BranchWeights) -> Tensor:
     if b.way is not None:
         return b.way(x)
     return convolve(x, b.weight, b.bias, b.padding, b.dilation)
+
+
+def unfolded_forward(x: Tensor, b: BranchWeights, rows: Tensor) -> Tensor:
+    """``b``'s convolution of ``x`` [N, C', H, W] by its unfolded weight ``rows`` [4*F_r, Kp, kh, 1]."""
+    return convolve(unfolding.unfold(x, b.weight.shape[3]), rows, b.bias, [b.padding[0], 0], b.dilation)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], dilation: Sequence[int]) -> Tensor:
@@ -262,7 +255,8 @@ def convolution_gradients(
     needs_x, needs_weight, needs_bias = needs
     dx, dw, db = None, None, channel_sums(dy).to(dy.dtype) if needs_bias else None
     images = (dy.shape[0], *dy.shape[2:])
-    if needs_x and (way := prepare(weight, None, padding, dilation, images, 1, gradient=True)):
+    branch = BranchWeights(weight, dilation=tuple(dilation))
+    if needs_x and (way := prepared(branch, images, 1, gradient=True).way):
         dx, needs_x = way(dy), False
     if needs_weight and unfolding.serves(weight, images, dilation):
         dw, needs_weight = unfolding.weight_gradient(x, dy, weight), False

@@ -59,22 +59,9 @@ def _sequence_forward_fake(z, hidden, dilations, mix_tanh, h_0, c_0, peephole, o
 
 
 def _sequence_backward(
-    gates,
-    h,
-    c,
-    hidden,
-    dilations,
-    mix_tanh,
-    h_0,
-    c_0,
-    peephole,
-    output_peephole,
-    dh,
-    dc_n,
-    lengths,
-    needs_bias,
+    gates, h, c, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths, needs_bias,
     backend,
-):
+):  # fmt: skip
     """Backward through all T steps; weight gradients are left to :func:`convolution.weight_gradients`.
 
     Args:
@@ -101,22 +88,9 @@ def _sequence_backward(
 
 
 def _sequence_backward_fake(
-    gates,
-    h,
-    c,
-    hidden,
-    dilations,
-    mix_tanh,
-    h_0,
-    c_0,
-    peephole,
-    output_peephole,
-    dh,
-    dc_n,
-    lengths,
-    needs_bias,
+    gates, h, c, hidden, dilations, mix_tanh, h_0, c_0, peephole, output_peephole, dh, dc_n, lengths, needs_bias,
     backend,
-):
+):  # fmt: skip
     dc_0 = aten.empty_states(gates, 1, accumulate_dtype(h.dtype))[:, 0]
     dh_0 = h.new_empty(0) if h_0 is None else torch.empty_like(dc_0, dtype=h.dtype)
     return dh_0, dc_0, dc_0.new_empty(4 * dc_0.shape[1] if needs_bias else 0)

@@ -122,7 +122,7 @@ py::class_<Plan> bind_plan(py::module_& m, const char* name, const char* doc) {
   return py::class_<Plan>(m, name, doc)
       .def_readonly("tiles_m", &Plan::tiles_m)
       .def_readonly("tiles_n", &Plan::tiles_n)
-      .def_property_readonly("blocks", [](const Plan& plan) { return plan.dealing.blocks; })
+      .def_property_readonly("blocks", [](const Plan& plan) { return plan.dealing.blocks(); })
       .def_property_readonly("period", [](const Plan& plan) { return plan.dealing.period; })
       .def_readonly("shared_memory", &Plan::shared_memory)
       .def_property_readonly("box_slots", [](const Plan& plan) { return plan.program.box_slots; })

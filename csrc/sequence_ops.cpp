@@ -89,7 +89,7 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   }
   const CUtensorMap map =
       tensor_map(forward.state, checker.dtype(), 2 * forward.pixels, forward.hidden, plan.program.chunk_rows, op);
-  sm90::launch(forward, map, checker.dtype(), plan.dealing.blocks, plan.shared_memory, stream);
+  sm90::launch(forward, map, checker.dtype(), plan.dealing.blocks(), plan.shared_memory, stream);
   check_cuda(cudaGetLastError(), op);
 }
 
@@ -129,7 +129,7 @@ void sm90_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, Opti
     maps[r] = tensor_map(backward.parts[part].gates, checker.dtype(), int64_t{backward.steps} * backward.pixels,
                          4 * backward.parts[part].channels, plan.program.chunk_rows, op);
   }
-  sm90::launch(backward, maps, checker.dtype(), plan.dealing.blocks, plan.shared_memory, stream);
+  sm90::launch(backward, maps, checker.dtype(), plan.dealing.blocks(), plan.shared_memory, stream);
   check_cuda(cudaGetLastError(), op);
 }
 

@@ -128,13 +128,19 @@ void divide_shared_memory(const HopperLimits& limits, int reserved, int box_slot
   if (program.stages < kMinStages) refuse("the image is too wide: a tile and its halo do not fit into shared memory");
 }
 
+// Tiles of so many pixels, in pairs: the last one may be empty.
+int pixel_tiles(const SequenceProblem& problem) {
+  return round_up(ceil_div(problem.batch * problem.height * problem.width, kTileRows), kPair);
+}
+
 // The same items for a block at every step; all of them in turn where that leaves many blocks idle, and `may_rotate`.
 Dealing deal(int64_t items, int multiprocessors, bool may_rotate) {
-  const int64_t rounds = ceil_div(items, multiprocessors);
-  if (may_rotate && 20 * rounds * multiprocessors >= 21 * items && rounds > 1)
-    return {multiprocessors, static_cast<int>(items)};
-  const int blocks = ceil_div(items, rounds);
-  return {blocks, static_cast<int>(rounds * blocks)};
+  if (multiprocessors < kPair) refuse("two multiprocessors work at a pair of tiles");
+  const int64_t pairs = items / kPair, most = multiprocessors / kPair, rounds = ceil_div(pairs, most);
+  if (may_rotate && 20 * rounds * most >= 21 * pairs && rounds > 1)
+    return {static_cast<int>(most), static_cast<int>(pairs)};
+  const int used = ceil_div(pairs, rounds);
+  return {used, static_cast<int>(rounds * used)};
 }
 
 struct Step {
@@ -260,7 +266,7 @@ int64_t step_cycles(const BackwardProgram& program, int64_t tiles, int pieces, i
   const int64_t between = 6000 + ceil_div(program.chunks, pieces) * (2000 + 700 * pieces);
   // Where items rotate, blocks wait for each other more often.
   const int64_t of_a_block =
-      dealing.rotates() ? items * item * 11 / (10 * dealing.blocks) : dealing.period / dealing.blocks * item;
+      dealing.rotates() ? items * item * 11 / (10 * dealing.blocks()) : dealing.period / dealing.pairs * item;
   return std::max(of_a_block, item + between);
 }
 
@@ -313,7 +319,7 @@ BackwardPlan plan_columns(const SequenceProblem& problem, const HopperLimits& li
   program.columns = columns;
   program.stage_units = program.columns == Columns::kBoth ? 1 : 2;
   program.chunks = (program.columns == Columns::kBoth ? 2 : 1) * kGroupColumns / kChunkChannels;
-  plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
+  plan.tiles_m = pixel_tiles(problem);
   plan.tiles_n = ceil_div(problem.hidden(), program.chunks * kChunkChannels);
 
   const std::vector<GateBox> boxes = fill_backward_units(problem, program);
@@ -379,7 +385,7 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
   if (program.stages < 2) refuse("a tile has too few products");
   fill_units(steps, plan.taps, problem.width, program);
 
-  plan.tiles_m = ceil_div(problem.batch * problem.height * problem.width, kTileRows);
+  plan.tiles_m = pixel_tiles(problem);
   plan.tiles_n = ceil_div(std::max(plan.groups[0].channels, plan.groups[1].channels), kGroupChannels);
   plan.dealing = deal(int64_t{plan.tiles_m} * plan.tiles_n, limits.multiprocessors, steps[0].taps > 1);
   for (int i = 0; i < kConsumers; ++i) fill_runs(steps, i, plan.dealing.rotates(), program);

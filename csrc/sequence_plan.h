@@ -51,19 +51,21 @@ struct Tap {
   int dy, dx;
 };
 
-// How so many items a step are dealt to blocks: item i of step t, number t * period + i, to block number % blocks.
+// How the items of a step, in pairs, are dealt to pairs of blocks: pair i of step t, number t * period + i, to number %
+// pairs.
 struct Dealing {
-  int blocks = 0;
+  int pairs = 0;
   int period = 0;
 
-  bool rotates() const { return blocks > 0 && period % blocks != 0; }  // an item's block is another at each step
+  int blocks() const { return sm90::kPair * pairs; }
+  bool rotates() const { return pairs > 0 && period % pairs != 0; }  // an item's block is another at each step
 };
 
 struct ForwardPlan {
   sm90::ForwardProgram program{};
   std::vector<Tap> taps;  // those of both groups first
   std::array<ColumnGroup, 2> groups{};
-  int tiles_m = 0;  // tiles of pixels
+  int tiles_m = 0;  // tiles of pixels, in pairs
   int tiles_n = 0;  // tiles of kGroupColumns / 4 channels of each group
   Dealing dealing;  // of tiles, those of the same channels one after another
   int shared_memory = 0;
@@ -78,7 +80,7 @@ struct ForwardPlan {
 // those of the tile before, tiles of the same pixels one after another.
 struct BackwardPlan {
   sm90::BackwardProgram program{};
-  int tiles_m = 0;  // tiles of pixels
+  int tiles_m = 0;  // tiles of pixels, in pairs
   int tiles_n = 0;  // tiles of hidden channels
   Dealing dealing;  // of items
   int shared_memory = 0;

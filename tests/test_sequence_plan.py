@@ -130,20 +130,29 @@ def test_dealing_keeps_blocks_busy():
     for make in (_C.plan_forward, _C.plan_backward):
         kinds = rotating[make.__name__] = set()
         for problem, plan in plans(make):
-            items = getattr(plan, "items", plan.tiles_m * plan.tiles_n)
-            rotates = plan.period % plan.blocks != 0
+            # Two blocks of a cluster work at tiles of neighbouring pixels.
+            assert plan.tiles_m % 2 == plan.blocks % 2 == 0, problem
+            pairs, blocks = getattr(plan, "items", plan.tiles_m * plan.tiles_n) // 2, plan.blocks // 2
+            rotates = plan.period % blocks != 0
             kinds.add(rotates)
-            rounds = -(-items // 132)
+            rounds = -(-pairs // 66)
             if rotates:
-                assert (plan.blocks, plan.period) == (132, items), problem
-                assert rounds * 132 >= 1.05 * items, problem
+                assert (blocks, plan.period) == (66, pairs), problem
+                assert rounds * 66 >= 1.05 * pairs, problem
             else:
-                assert plan.blocks <= items <= plan.period == rounds * plan.blocks, problem
-                assert items > (rounds - 1) * plan.blocks, problem
+                assert blocks <= pairs <= plan.period == rounds * blocks, problem
+                assert pairs > (rounds - 1) * blocks, problem
             if make is _C.plan_forward:  # cells of another block are loaded only after what tells that they are there
                 firsts = [plan.runs(consumer)[0] for consumer in (0, 1)]
                 assert not rotates or not any(run["finishes_second"] or run["count"] == 0 for run in firsts), problem
     assert all(kinds == {True, False} for kinds in rotating.values()), rotating
+
+
+@pytest.mark.parametrize("plan", [_C.plan_forward, _C.plan_backward])
+def test_a_pair_of_multiprocessors_is_needed(plan):
+    assert plan(**WORKLOADS["paper_mk35"], multiprocessors=3).blocks == 2
+    with pytest.raises(ValueError, match="two multiprocessors"):
+        plan(**WORKLOADS["paper_mk35"], multiprocessors=1)
 
 
 def test_every_product_of_a_gradient_once():

@@ -19,14 +19,15 @@ namespace mkconvlstm::sm90 {
 // Each has 96 registers at the launch: producers and finishers give up as many as consumers take.
 constexpr int kBackwardThreads = 32 * kProducerWarps + kConsumerThreads + kFinisherThreads;
 
-// All items of this block, at each step from the first one down to the last.
+// All items of this block, at each step from the first one down to the last. Those of a pair are of neighbouring tiles.
 template <typename Body>
 __device__ __forceinline__ void for_each_item(const Backward& params, int first_step, Body body) {
   const int pieces = params.program.piece_count;
-  deal(params.steps + (params.dh_0 != nullptr), params.items, params.period, [&](int steps_before, int index) {
-    const int step = params.steps - 1 - steps_before, tile = index / pieces;
+  deal(params.steps + (params.dh_0 != nullptr), params.items / kPair, params.period, [&](int steps_before, int index) {
+    const int step = params.steps - 1 - steps_before, piece = index % pieces, n = index / pieces % params.tiles_n;
     if (step > first_step) return;
-    body(step, Item{index, tile, tile / params.tiles_n, tile % params.tiles_n, index % pieces});
+    const int m = index / pieces / params.tiles_n * kPair + rank_in_pair(), tile = m * params.tiles_n + n;
+    body(step, Item{tile * pieces + piece, tile, m, n, piece});
   });
 }
 
@@ -324,12 +325,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     give_registers<88>();
     finish_items<T>(params, shared);
   }
+  __syncwarp();
+  sync_blocks();  // the other may still write here
 }
 
 template <typename T>
 void launch_backward(const Backward& backward, const CUtensorMap (&gates)[2], int blocks, int shared_memory,
                      cudaStream_t stream) {
-  launch_cooperative(backward_kernel<T>, blocks, 1, kBackwardThreads, shared_memory, stream, gates[0], gates[1],
+  launch_cooperative(backward_kernel<T>, blocks, kPair, kBackwardThreads, shared_memory, stream, gates[0], gates[1],
                      backward);
 }
 

@@ -12,9 +12,12 @@ namespace mkconvlstm::sm90 {
 
 constexpr int kProducerWarps = 4;
 
+__device__ __forceinline__ int rank_in_pair() { return blockIdx.x % kPair; }
+
 // Where everything lies in shared memory.
 struct SharedMemory {
   uint32_t boxes, zeros, stages, stage_full, stage_empty, box_full, box_empty, finished;
+  uint32_t mate_empty;  // stage_empty of the block of the pair that this lane tells
   int box_bytes;
 
   __device__ SharedMemory(const Program& program, const void* base) {
@@ -24,6 +27,7 @@ struct SharedMemory {
     stages = zeros + kZeroBytes;
     stage_full = stages + program.stages * kStageBytes;
     stage_empty = stage_full + 8 * kMaxStages;
+    mate_empty = in_block(stage_empty, threadIdx.x % kPair);
     box_full = stage_empty + 8 * kMaxStages;
     box_empty = box_full + 8 * kMaxBoxes;
     finished = box_empty + 8 * kMaxBoxes;
@@ -34,7 +38,7 @@ struct SharedMemory {
     if (threadIdx.x == 0) {
       for (int i = 0; i < program.stages; ++i) {
         init_barrier(stage_full + 8 * i, 1);
-        init_barrier(stage_empty + 8 * i, 4 * kConsumers);
+        init_barrier(stage_empty + 8 * i, kPair * 4 * kConsumers);
       }
       for (int i = 0; i < program.box_slots; ++i) {
         init_barrier(box_full + 8 * i, 1);
@@ -45,18 +49,18 @@ struct SharedMemory {
     }
     if (threadIdx.x < kZeroBytes / 16)
       reinterpret_cast<uint4*>(static_cast<char*>(base) + (zeros - boxes))[threadIdx.x] = make_uint4(0, 0, 0, 0);
-    __syncthreads();
+    sync_blocks();
   }
 };
 
-// What the blocks do: so many items a step, dealt to them in turn. With a period that the blocks divide, each has the
-// same items at every step; with one of `items` what is left over falls to other blocks at each, so that in the end
+// What pairs of blocks do: so many items a step, dealt to them in turn. With a period that the pairs divide, each has
+// the same items at every step; with one of `items` what is left over falls to other pairs at each, so that in the end
 // none has more to do than another.
 template <typename Body>
 __device__ __forceinline__ void deal(int steps, int items, int period, Body body) {
   int step = 0;
 #pragma unroll 1
-  for (int item = blockIdx.x;; item += gridDim.x) {
+  for (int item = blockIdx.x / kPair;; item += gridDim.x / kPair) {
     if (item >= period) {
       item -= period;
       ++step;
@@ -66,14 +70,16 @@ __device__ __forceinline__ void deal(int steps, int items, int period, Body body
   }
 }
 
-// One lane: so many stages of packed weights.
+// One lane: so many stages of packed weights. Each block fetches its share of a stage, for all of the pair.
 __device__ __forceinline__ void stream_weights(const Program& program, const SharedMemory& shared, const char* packed,
                                                int stages, RingPosition& ring) {
+  constexpr int kShare = kStageBytes / kPair;
+  const int first = rank_in_pair() * kShare;
   for (int stage = 0; stage < stages; ++stage) {
-    wait(shared.stage_empty + 8 * ring.index, ring.phase ^ 1);
+    wait(shared.stage_empty + 8 * ring.index, ring.phase ^ 1);  // in both blocks
     expect_bytes(shared.stage_full + 8 * ring.index, kStageBytes);
-    copy_bulk(shared.stages + ring.index * kStageBytes, packed + int64_t{stage} * kStageBytes, kStageBytes,
-              shared.stage_full + 8 * ring.index);
+    copy_bulk_to(shared.stages + ring.index * kStageBytes + first, packed + int64_t{stage} * kStageBytes + first, kShare,
+                 shared.stage_full + 8 * ring.index, (1 << kPair) - 1);
     ring.advance(program.stages);
   }
 }
@@ -179,7 +185,7 @@ __device__ __forceinline__ void multiply_run(const Program& program, const Share
                                              const FragmentRow& lane, const BoxRing& boxes, int unit, int count,
                                              RingPosition& ring, float (&first)[32], float (&second)[32]) {
   constexpr bool kTwoTaps = kColumns == Columns::kSecond;  // a stage holds two
-  const bool elected = threadIdx.x % 32 == 0;
+  const bool elected = threadIdx.x % 32 == 0, tells = threadIdx.x % 32 < kPair;
   uint32_t even[4][4], odd[4][4];
   uint32_t box = 0, box_empty = 0;
   bool leaves = false;    // the unit located last is the last one of its box
@@ -224,14 +230,14 @@ __device__ __forceinline__ void multiply_run(const Program& program, const Share
     multiply_half<kColumns, 1, T>(first, second, fragments, weights);
     arrive_if(elected && left != 0, left);  // all of the unit's fragments are in registers by now
     if (!more) return true;
-    const uint32_t open = shared.stage_empty + 8 * ring.index;
+    const uint32_t open = shared.mate_empty + 8 * ring.index;
     bool ready = true;
     if (kCloses) {
       ring.advance(program.stages);
       ready = is_complete(shared.stage_full + 8 * ring.index, ring.phase);
     }
     wait_products<2>();
-    if (kOpens) arrive_if(elected && previous != 0, previous);
+    if (kOpens) arrive_cluster_if(tells && previous != 0, previous);
     previous = kCloses ? open : 0;
     load_half<1>(next, address);
     if (!ready) wait_watched(shared.stage_full + 8 * ring.index, ring.phase);
@@ -243,8 +249,8 @@ __device__ __forceinline__ void multiply_run(const Program& program, const Share
   wait_products<0>();
   pin(first);
   pin(second);
-  arrive_if(elected && previous != 0, previous);
-  arrive_if(elected, shared.stage_empty + 8 * ring.index);
+  arrive_cluster_if(tells && previous != 0, previous);
+  arrive_cluster_if(tells, shared.mate_empty + 8 * ring.index);
   ring.advance(program.stages);
 }
 

@@ -37,11 +37,12 @@ struct Tile {
   int step, m, n;
 };
 
-// All tiles of this block, step by step.
+// All tiles of this block, step by step. Those of a pair are neighbours.
 template <typename Body>
 __device__ __forceinline__ void for_each_tile(const Forward& params, Body body) {
-  deal(params.steps, params.tiles_m * params.tiles_n, params.period, [&](int step, int index) {
-    body(Tile{step, index % params.tiles_m, index / params.tiles_m});
+  const int pairs_m = params.tiles_m / kPair;
+  deal(params.steps, pairs_m * params.tiles_n, params.period, [&](int step, int index) {
+    body(Tile{step, index % pairs_m * kPair + rank_in_pair(), index / pairs_m});
   });
 }
 
@@ -324,12 +325,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume<T>(params, shared);
     arrive_if(threadIdx.x % 32 == 0, shared.finished);
   }
+  __syncwarp();
+  sync_blocks();  // the other may still write here
 }
 
 template <typename T>
 void launch_forward(const Forward& forward, const CUtensorMap& state, int blocks, int shared_memory,
                     cudaStream_t stream) {
-  launch_cooperative(forward_kernel<T>, blocks, 1, kThreads, shared_memory, stream, state, forward);
+  launch_cooperative(forward_kernel<T>, blocks, kPair, kThreads, shared_memory, stream, state, forward);
 }
 
 }  // namespace mkconvlstm::sm90

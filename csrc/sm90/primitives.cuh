@@ -46,6 +46,18 @@ __device__ __forceinline__ void arrive_if(bool elected, uint32_t barrier) {
       : "memory");
 }
 
+// The barrier of any block of the cluster, see `in_block`.
+__device__ __forceinline__ void arrive_cluster_if(bool elected, uint32_t barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "setp.ne.u32 elected, %1, 0;\n"
+      "@elected mbarrier.arrive.shared::cluster.b64 _, [%0];\n"
+      "}\n" ::"r"(barrier),
+      "r"(static_cast<uint32_t>(elected))
+      : "memory");
+}
+
 // For consumers: without a limit of its own, whose code the compiler would take for a reason to part the warp's lanes.
 // A warp that does nothing else watches over them, see `watch`.
 __device__ __forceinline__ void wait_watched(uint32_t barrier, uint32_t phase) {
@@ -116,6 +128,16 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, u
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
                "l"(source), "r"(bytes), "r"(barrier)
                : "memory");
+}
+
+// To the same place in all blocks of the cluster that `blocks` has a bit of, and to the barriers of each.
+__device__ __forceinline__ void copy_bulk_to(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier,
+                                             uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
+          "r"(target),
+      "l"(source), "r"(bytes), "r"(barrier), "h"(blocks)
+      : "memory");
 }
 
 __device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map, int column, int row,

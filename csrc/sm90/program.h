@@ -16,6 +16,8 @@ constexpr int kGroupWeightBytes = kGroupColumns * kBoxChannels * 2;  // of one t
 constexpr int kStageBytes = 2 * kGroupWeightBytes;                   // one tap of both groups, or two taps of one
 constexpr int kRowBytes = kBoxChannels * 2;
 
+// Blocks of a cluster: neighbouring tiles of pixels of the same columns, so that weights come from L2 once for both.
+constexpr int kPair = 2;
 constexpr int kConsumers = 2;  // warpgroups that multiply, 64 pixels of the tile each
 constexpr int kMaxBoxes = 32;
 constexpr int kMaxUnits = 1024;

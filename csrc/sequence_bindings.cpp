@@ -8,6 +8,7 @@
 
 #include "resident_plan.h"
 #include "sequence_plan.h"
+#include "sm90/images.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -179,6 +180,16 @@ void bind_sequence_plan(py::module_& m) {
         "shared_memory"_a = 232448);
   m.def("plan_resident_backward", &resident_plan<plan_resident_backward>, "The same backward.", py::kw_only(),
         "batch"_a, "height"_a, "width"_a, "branches"_a, "multiprocessors"_a = 132, "shared_memory"_a = 232448);
+
+  m.def(
+      "place_pixel",
+      [](int height, int width, int pixel) {
+        const auto images = sm90::Images::of(height, width);
+        const auto at = images.place(pixel);
+        return py::make_tuple(images.image(pixel), at.y, at.x);
+      },
+      "Image, line and column of a pixel of a batch, as the kernels on Hopper divide.", "height"_a, "width"_a,
+      "pixel"_a);
 }
 
 }  // namespace mkconvlstm

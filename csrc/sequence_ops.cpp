@@ -39,9 +39,8 @@ Pass new_pass(const Plan& plan, const Sizes& sizes) {
   pass.program = plan.program;
   pass.steps = static_cast<int>(sizes.steps);
   pass.hidden = static_cast<int>(sizes.hidden);
-  pass.height = static_cast<int>(sizes.height);
-  pass.width = static_cast<int>(sizes.width);
-  pass.pixels = static_cast<int>(sizes.batch) * pass.height * pass.width;
+  pass.images = sm90::Images::of(static_cast<int>(sizes.height), static_cast<int>(sizes.width));
+  pass.pixels = static_cast<int>(sizes.batch) * pass.images.pixels.value;
   pass.tiles_m = plan.tiles_m;
   pass.tiles_n = plan.tiles_n;
   pass.period = plan.dealing.period;
@@ -64,7 +63,8 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   for (int g = 0; g < 2; ++g) {
     const ColumnGroup& group = plan.groups[g];
     const int channels = static_cast<int>(branches.problem.branches[group.branch].channels);
-    forward.groups[g] = {branches.z[group.branch], channels, group.first_in_branch, group.first_hidden, group.channels};
+    forward.groups[g] = {branches.z[group.branch], int64_t{forward.pixels} * 4 * channels, channels,
+                         group.first_in_branch, group.first_hidden, group.channels};
   }
   const int64_t state_elements = int64_t{forward.pixels} * forward.hidden;
   Tensor packed = scratch(h, plan.packed_bytes());
@@ -75,6 +75,8 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   forward.state = state.data_ptr();
   forward.h = checker.read<void>(h, "h", h.numel(), half);
   forward.c = checker.read<float>(c, "c", (keep ? forward.steps : 1) * state_elements, single);
+  forward.h_step = sizes.hidden * forward.images.pixels.value;
+  forward.c_step = keep ? state_elements : 0;
   forward.bias = checker.read<const float>(bias, "bias", 4 * sizes.hidden, single);
   forward.c_0 = checker.read<const float>(c_0, "c_0", state_elements, single);
   forward.has_h_0 = h_0.has_value();

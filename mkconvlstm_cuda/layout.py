@@ -48,17 +48,20 @@ def as_format(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
     return out
 
 
-def stand_in(dy: Tensor, channels: int) -> Tensor:
-    """Channels-last images [N, ``channels``, H, W] for ``dy`` [N, ..., H, W], for an input whose values nobody reads.
+def stand_in(dy: Tensor, channels: int, count: int | None = None) -> Tensor:
+    """Channels-last images [count, ``channels``, H, W] in place of an input whose values nobody reads.
+
+    ``dy`` [N, ..., H, W] is the output's gradient; ``count`` is N unless given.
 
     torch lays a gradient out anew, and back, where the input that it belongs to is not channels-last too. They need no
     memory of their own where dy's suffices.
     """
-    n, _, height, width = dy.shape
-    size, strides = (n, channels, height, width), (height * width * channels, 1, width * channels, channels)
-    if channels <= dy.shape[1]:
+    n, outputs, height, width = dy.shape
+    count = n if count is None else count
+    size, strides = (count, channels, height, width), (height * width * channels, 1, width * channels, channels)
+    if count * channels <= n * outputs:
         return dy.as_strided(size, strides)
-    return dy.new_zeros((n, height, width, channels)).permute(0, 3, 1, 2)  # copied, in some of torch's ways
+    return dy.new_zeros((count, height, width, channels)).permute(0, 3, 1, 2)  # copied, in some of torch's ways
 
 
 def channel_sums(images: Tensor) -> Tensor:

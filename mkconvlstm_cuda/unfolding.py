@@ -97,9 +97,9 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     count, _, *size = dy.shape
     rows = unfolded_weight(weight)
     image_bytes = rows.shape[1] * math.prod(size) * dy.element_size()
-    some = max(1, GRADIENT_BYTES // image_bytes)
+    some = min(count, max(1, GRADIENT_BYTES // image_bytes))
     dx = dy.new_empty((count, *size, channels)).permute(0, 3, 1, 2)
-    u = layout.stand_in(dy[:some], rows.shape[1])
+    u = layout.stand_in(dy, rows.shape[1], some)
     for dy_of_some, dx_of_some in zip(dy.split(some), dx.split(some), strict=True):
         du = backward(dy_of_some, u[: dy_of_some.shape[0]], rows, [True, False, False])[0]
         fold(du, kernel, dx_of_some)

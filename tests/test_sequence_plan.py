@@ -155,6 +155,21 @@ def test_a_pair_of_multiprocessors_is_needed(plan):
         plan(**WORKLOADS["paper_mk35"], multiprocessors=1)
 
 
+def test_pixels_are_placed_without_a_division():
+    rng = random.Random(0)
+    most = 2**31 - 1
+    sides = [1, 2, 3, 7, 14, 64, 1000, 46340, 46341, 65536, 65537, 2**30, most]
+    for _ in range(20000):
+        height, width = (rng.choice([*sides, rng.randint(1, 300)]) for _ in range(2))
+        if height * width > most:
+            height = 1
+        near = rng.randint(0, most // width) * width + rng.randint(-1, 1)  # where a quotient changes
+        pixel = min(max(rng.choice([rng.randint(0, most), near, most]), 0), most)
+        line = pixel // width
+        expected = (pixel // (height * width), line % height, pixel % width)
+        assert _C.place_pixel(height, width, pixel) == expected, (height, width, pixel)
+
+
 def test_every_product_of_a_gradient_once():
     served, slots = 0, set()
     for problem, plan in plans(_C.plan_backward):

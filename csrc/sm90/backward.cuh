@@ -99,8 +99,7 @@ __device__ __forceinline__ void consume(const Backward& params, const SharedMemo
   for_each_item(params, params.steps - 2, [&](int, const Item& item) {
     if (item.m != placed) {
       placed = item.m;
-      lane.place(program, item.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,
-                 params.width);
+      lane.place(program, item.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.images);
     }
 #pragma unroll
     for (int i = 0; i < 32; ++i) first[i] = second[i] = 0;
@@ -213,11 +212,12 @@ class GradientStep {
     return static_cast<T*>(part().gates) + row * 4 * part().channels + (channel_at_ - part().first_hidden);
   }
 
-  __device__ int image_of(int half) const { return (pixel_ + 8 * half) / (params_.height * params_.width); }
+  // A division: the other way takes registers that this kernel lacks.
+  __device__ int image_of(int half) const { return (pixel_ + 8 * half) / params_.images.pixels.value; }
 
   __device__ const T* dh_of(int step, int half) const {
-    const int in_image = pixel_ + 8 * half - image_of(half) * params_.height * params_.width;
-    return static_cast<const T*>(params_.dh) + image_of(half) * params_.dh_image + step * params_.dh_step +
+    const int image = image_of(half), in_image = pixel_ + 8 * half - image * params_.images.pixels.value;
+    return static_cast<const T*>(params_.dh) + image * params_.dh_image + step * params_.dh_step +
            channel_at_ * params_.dh_channel + in_image * params_.dh_pixel;
   }
 

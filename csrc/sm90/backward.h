@@ -9,6 +9,7 @@
 
 #include "../plan.h"
 #include "../sequence_plan.h"
+#include "images.h"
 
 namespace mkconvlstm::sm90 {
 
@@ -38,7 +39,8 @@ struct Backward {
   // Zeros, kCounterStride apart: how many there are, of all steps.
   uint32_t* summed;    // [tiles]: pieces' sums
   uint32_t* finished;  // [tiles_m]: shares of dz
-  int pixels, steps, height, width, hidden;
+  int pixels, steps, hidden;
+  Images images;
   int tiles_m, tiles_n, items;
   int period;         // of dealing items to blocks
   bool shares_cells;  // dc is read by other blocks than those that wrote it

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "images.h"
 #include "primitives.cuh"
 #include "program.h"
 #include "wgmma.cuh"
@@ -78,8 +79,8 @@ __device__ __forceinline__ void stream_weights(const Program& program, const Sha
   for (int stage = 0; stage < stages; ++stage) {
     wait(shared.stage_empty + 8 * ring.index, ring.phase ^ 1);  // in both blocks
     expect_bytes(shared.stage_full + 8 * ring.index, kStageBytes);
-    copy_bulk_to(shared.stages + ring.index * kStageBytes + first, packed + int64_t{stage} * kStageBytes + first, kShare,
-                 shared.stage_full + 8 * ring.index, (1 << kPair) - 1);
+    copy_bulk_to(shared.stages + ring.index * kStageBytes + first, packed + int64_t{stage} * kStageBytes + first,
+                 kShare, shared.stage_full + 8 * ring.index, (1 << kPair) - 1);
     ring.advance(program.stages);
   }
 }
@@ -120,10 +121,10 @@ struct FragmentRow {
   }
 
   // pixel: the lane's own in the flattened batch; beyond the last one nothing is inside.
-  __device__ void place(const Program& program, int pixel, int pixels, int height, int width) {
-    const int y = pixel / width % height, x = pixel % width;
-    y_inside = pixel < pixels ? inside(y, height, program.radius_y) : 0;
-    x_inside = inside(x, width, program.radius_x);
+  __device__ void place(const Program& program, int pixel, int pixels, const Images& images) {
+    const Images::Place at = images.place(pixel);
+    y_inside = pixel < pixels ? inside(at.y, images.height.value, program.radius_y) : 0;
+    x_inside = inside(at.x, images.width.value, program.radius_x);
   }
 
  private:

@@ -46,7 +46,9 @@ __device__ __forceinline__ void for_each_tile(const Forward& params, Body body) 
   });
 }
 
-// What one thread knows of one group of a tile: two rows of pixels, four neighbouring channels.
+// What one thread knows of one group of a tile: two rows of pixels, four neighbouring channels. Addresses are computed
+// once and without branches: one warp of each quarter of a multiprocessor is here at a time, and its instructions take
+// their time.
 template <typename T>
 class GateStep {
  public:
@@ -56,63 +58,49 @@ class GateStep {
     channel_ = 4 * (lane % 4);
   }
 
-  // The divisions, once a tile.
+  // Once a tile.
   __device__ __forceinline__ void place(int tile_m) {
-    const int image_pixels = params_.height * params_.width;
     pixel_ = tile_m * kTileRows + row_;
-    int image = pixel_ / image_pixels, at = pixel_ % image_pixels;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      image_at_[half] = image * params_.steps * params_.hidden * image_pixels + at;
-      for (at += 8; at >= image_pixels; at -= image_pixels) ++image;
+      const int pixel = pixel_ + 8 * half, image = params_.images.image(pixel);
+      image_at_[half] = image * (params_.steps * params_.hidden - 1) * params_.images.pixels.value + pixel;
     }
   }
 
-  // Pre-activations and c_{t-1}, early enough that nobody waits for them when the same tile and group are finished.
-  // Where other blocks may have made the cells, not before a box of the step before is there.
+  // Pre-activations, biases and c_{t-1}, early enough that nobody waits for them when the same tile and group are
+  // finished. Where other blocks may have made the cells, not before a box of the step before is there.
   __device__ __forceinline__ void load(Tile tile, int group) {
     const GroupOperands& g = params_.groups[group];
-    const int channel = tile.n * kTileChannels + channel_, hidden_channel = g.first_hidden + channel;
-    there_[0] = channel < g.channels && pixel_ < params_.pixels;
-    there_[1] = channel < g.channels && pixel_ + 8 < params_.pixels;
-    z_at_ = pixel_ * 4 * g.branch_channels + g.first_in_branch + channel;
-    c_at_ = pixel_ * params_.hidden + hidden_channel;
-    h_at_[0] = image_at_[0] + hidden_channel * params_.height * params_.width;
-    h_at_[1] = image_at_[1] + hidden_channel * params_.height * params_.width;
-
-    const T* z = z_of(g, tile.step);
-    const float* c_prev = tile.step == 0 ? params_.c_0 : c_of(tile.step - 1);
+    const int channel = tile.n * kTileChannels + channel_;
+    const int hidden_channel = g.first_hidden + channel, image = params_.images.pixels.value;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      c_[half] = float4{};
-      if (!there_[half]) continue;
-#pragma unroll
-      for (int gate = 0; gate < 4; ++gate)
-        z_[half][gate] = *reinterpret_cast<const uint2*>(z + (z_at_ + (32 * half + gate) * g.branch_channels));
-      if (c_prev != nullptr) c_[half] = *reinterpret_cast<const float4*>(c_prev + (c_at_ + 8 * half * params_.hidden));
+      const int pixel = pixel_ + 8 * half;
+      there_[half] = channel < g.channels && pixel < params_.pixels;
+      // What is not there reads another's pre-activations, and stores nothing.
+      z_at_[half] = there_[half] ? pixel * 4 * g.branch_channels + g.first_in_branch + channel : 0;
+      c_at_[half] = there_[half] ? pixel * params_.hidden + hidden_channel : 0;
+      h_at_[half] = image_at_[half] + hidden_channel * image;
     }
-  }
-
-  // The biases, which the products are added to.
-  __device__ __forceinline__ void begin(float (&sums)[32], Tile tile, int group) const {
-    const GroupOperands& g = params_.groups[group];
-    const int channel = tile.n * kTileChannels + channel_;
-    const bool biased = params_.bias != nullptr && channel < g.channels;
+    const T* z = z_of(g, tile.step);
+    const float* c_prev = tile.step == 0 ? params_.c_0 : c_of(tile.step - 1);
+    const float* bias = params_.bias == nullptr ? nullptr : params_.bias + (channel < g.channels ? hidden_channel : 0);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) {
-      float4 bias{};
-      if (biased)
-        bias = *reinterpret_cast<const float4*>(params_.bias + gate * params_.hidden + g.first_hidden + channel);
-      const float values[4] = {bias.x, bias.y, bias.z, bias.w};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sums[at(gate, 0, k)] = sums[at(gate, 1, k)] = values[k];
+      for (int half = 0; half < 2; ++half)
+        z_[half][gate] = *reinterpret_cast<const uint2*>(z + (z_at_[half] + gate * g.branch_channels));
+      bias_[gate] = bias == nullptr ? float4{} : *reinterpret_cast<const float4*>(bias + gate * params_.hidden);
     }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      c_[half] = c_prev != nullptr && there_[half] ? *reinterpret_cast<const float4*>(c_prev + c_at_[half]) : float4{};
   }
 
-  // sums: the hidden-to-hidden part of the pre-activations, with the biases; overwritten. Publishes what other blocks
-  // read first, then stores the rest.
+  // sums: the hidden-to-hidden part of the pre-activations; overwritten. Publishes what other blocks read first, then
+  // stores the rest.
   __device__ __forceinline__ void finish(float (&sums)[32], Tile tile, int group) {
-    const GroupOperands& g = params_.groups[group];
     T* state = static_cast<T*>(params_.state) + (tile.step + 1) % 2 * params_.pixels * params_.hidden;
     uint2 h[2];
 #pragma unroll
@@ -124,8 +112,8 @@ class GateStep {
         float* const f = sums + at(1, half, k);
         float* const g = sums + at(2, half, k);
         float* const o = sums + at(3, half, k);
-        const Gates<float> z{*i + z_of(half, 0, k), *f + z_of(half, 1, k), *g + z_of(half, 2, k),
-                             *o + z_of(half, 3, k)};
+        const Gates<float> z{*i + bias_of(0, k) + z_of(half, 0, k), *f + bias_of(1, k) + z_of(half, 1, k),
+                             *g + bias_of(2, k) + z_of(half, 2, k), *o + bias_of(3, k) + z_of(half, 3, k)};
         const auto out = cell_forward<float, HalfMath<T>>(z, cells[k], {}, Peepholes::kNone);
         *i = out.gates.i;
         *f = out.gates.f;
@@ -136,25 +124,21 @@ class GateStep {
       }
       c_[half] = {cells[0], cells[1], cells[2], cells[3]};
       h[half] = {HalfMath<T>::pack(values[0], values[1]), HalfMath<T>::pack(values[2], values[3])};
-      if (there_[half]) *reinterpret_cast<uint2*>(state + (c_at_ + 8 * half * params_.hidden)) = h[half];
+      store_if(there_[half], state + c_at_[half], h[half]);
     }
     if (params_.shares_cells) store_cells(tile.step);
     arrive_threads(finished_barrier(group), kPublishThreads);
     if (!params_.shares_cells) store_cells(tile.step);
-    store(sums, h, tile.step, g);
+    store(sums, h, tile.step, params_.groups[group]);
   }
 
  private:
   // Where the sum of (gate, row + 8 * half, channel + k) lies.
   static __device__ constexpr int at(int gate, int half, int k) { return (k / 2 * 4 + gate) * 4 + 2 * half + k % 2; }
 
-  __device__ float* c_of(int step) const {
-    return params_.c + (params_.keep ? step : 0) * int64_t{params_.pixels} * params_.hidden;
-  }
+  __device__ float* c_of(int step) const { return params_.c + step * params_.c_step; }
 
-  __device__ T* z_of(const GroupOperands& g, int step) const {
-    return static_cast<T*>(g.z) + int64_t{step} * params_.pixels * 4 * g.branch_channels;
-  }
+  __device__ T* z_of(const GroupOperands& g, int step) const { return static_cast<T*>(g.z) + step * g.z_step; }
 
   __device__ float z_of(int half, int gate, int k) const {
     const uint2 z = z_[half][gate];
@@ -162,45 +146,53 @@ class GateStep {
     return k % 2 == 0 ? pair.x : pair.y;
   }
 
+  __device__ float bias_of(int gate, int k) const {
+    const float4 b = bias_[gate];
+    return k == 0 ? b.x : k == 1 ? b.y : k == 2 ? b.z : b.w;
+  }
+
   __device__ __forceinline__ void store_cells(int step) {
+    float* const c = c_of(step);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      if (there_[half]) __stcs(reinterpret_cast<float4*>(c_of(step) + (c_at_ + 8 * half * params_.hidden)), c_[half]);
+      store_last_if(there_[half], c + c_at_[half], c_[half]);
   }
 
   __device__ __forceinline__ void store(const float (&sums)[32], const uint2 (&h)[2], int step,
                                         const GroupOperands& g) {
-    const int image = params_.height * params_.width;
-    T* gates = z_of(g, step);
-    auto* out = static_cast<uint16_t*>(params_.h) + int64_t{step} * params_.hidden * image;
+    T* const gates = z_of(g, step);
+    if (params_.keep) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (!there_[half]) continue;
-      if (params_.keep) {
+      for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int gate = 0; gate < 4; ++gate) {
           const uint2 values = {HalfMath<T>::pack(sums[at(gate, half, 0)], sums[at(gate, half, 1)]),
                                 HalfMath<T>::pack(sums[at(gate, half, 2)], sums[at(gate, half, 3)])};
-          __stcs(reinterpret_cast<uint2*>(gates + (z_at_ + (32 * half + gate) * g.branch_channels)), values);
+          store_last_if(there_[half], gates + (z_at_[half] + gate * g.branch_channels), values);
         }
       }
-      uint16_t* channel = out + h_at_[half];
-      channel[0] = static_cast<uint16_t>(h[half].x);
-      channel[image] = static_cast<uint16_t>(h[half].x >> 16);
-      channel[2 * image] = static_cast<uint16_t>(h[half].y);
-      channel[3 * image] = static_cast<uint16_t>(h[half].y >> 16);
+    }
+    const int image = params_.images.pixels.value;
+    auto* const out = static_cast<uint16_t*>(params_.h) + step * params_.h_step;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t pair = k < 2 ? h[half].x : h[half].y;
+        store_if(there_[half], out + (h_at_[half] + k * image),
+                 static_cast<uint16_t>(k % 2 == 0 ? pair : pair >> 16));
+      }
     }
   }
 
   const Forward& params_;
   int row_, channel_;
   int pixel_, image_at_[2];  // of the tile last placed: the first row's pixel, and both rows in channel 0 of h
-  // Of the tile and group last loaded: whether the two rows are there, and where the first lies in z and c of a step,
-  // and both in the first step of h.
+  // Of the tile and group last loaded: whether the two rows are there, and where they lie in z, c and h of a step.
   bool there_[2];
-  int z_at_, c_at_, h_at_[2];
+  int z_at_[2], c_at_[2], h_at_[2];
   uint2 z_[2][4];
-  float4 c_[2];
+  float4 bias_[4], c_[2];
 };
 
 // One warp: the boxes of every tile, once the blocks that make them have published them.
@@ -259,11 +251,10 @@ __device__ __forceinline__ void consume(const Forward& params, const SharedMemor
     if (tile.m != placed) {
       placed = tile.m;
       gates.place(tile.m);
-      lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.height,
-                 params.width);
+      lane.place(program, tile.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.images);
     }
-    gates.begin(first, tile, 0);
-    gates.begin(second, tile, 1);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) first[i] = second[i] = 0;
 
 #pragma unroll 1
     for (int r = 0; r < program.run_count[consumer]; ++r) {

@@ -9,12 +9,14 @@
 
 #include "../plan.h"
 #include "../sequence_plan.h"
+#include "images.h"
 
 namespace mkconvlstm::sm90 {
 
 // One group's part of the operands. An element type T is float16 or bfloat16.
 struct GroupOperands {
   void* z;            // T [steps, pixels, 4 * branch_channels], gate-major; pre-activations, with keep become gates
+  int64_t z_step;     // elements of a step
   int branch_channels;
   int first_in_branch, first_hidden, channels;  // see ColumnGroup
 };
@@ -27,10 +29,12 @@ struct Forward {
   void* state;         // T [2, pixels, hidden]: h_t lies in half (t + 1) % 2; h_0 in the first
   void* h;             // T [batch, steps, hidden, height, width]
   float* c;            // [keep ? steps : 1, pixels, hidden]
+  int64_t h_step, c_step;  // elements from a step to the next one; c_step: none without keep
   const float* bias;   // [4 * hidden], gate-major, added to z; may be null
   const float* c_0;    // [pixels, hidden]; null: zeros
   uint32_t* counters;  // [2, tiles_m], zeros: how often a tile's group has been published
-  int pixels, steps, height, width, hidden;
+  int pixels, steps, hidden;
+  Images images;
   int tiles_m, tiles_n;
   int period;         // of dealing tiles to blocks
   bool shares_cells;  // c_t is read by other blocks than those that wrote it

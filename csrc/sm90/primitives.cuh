@@ -134,8 +134,8 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, u
 __device__ __forceinline__ void copy_bulk_to(uint32_t target, const void* source, uint32_t bytes, uint32_t barrier,
                                              uint16_t blocks) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-          "r"(target),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(target),
       "l"(source), "r"(bytes), "r"(barrier), "h"(blocks)
       : "memory");
 }
@@ -231,6 +231,32 @@ __device__ __forceinline__ void store_relaxed(void* address, uint16_t value) {
 __device__ __forceinline__ void store_relaxed(void* address, uint2 values) {
   asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(values.x), "r"(values.y) : "memory");
 }
+
+// Stores without a branch, around which the compiler would compute each address anew.
+#define MKCONVLSTM_STORE_IF(there, store, ...)                                                            \
+  asm volatile("{\n.reg .pred there;\nsetp.ne.u32 there, %0, 0;\n@there " store "\n}\n" ::"r"(uint32_t{there}), \
+               __VA_ARGS__                                                                                \
+               : "memory")
+
+__device__ __forceinline__ void store_if(bool there, void* address, uint16_t value) {
+  MKCONVLSTM_STORE_IF(there, "st.global.u16 [%1], %2;", "l"(address), "h"(value));
+}
+
+__device__ __forceinline__ void store_if(bool there, void* address, uint2 v) {
+  MKCONVLSTM_STORE_IF(there, "st.global.v2.u32 [%1], {%2, %3};", "l"(address), "r"(v.x), "r"(v.y));
+}
+
+// Of what is not read again soon.
+__device__ __forceinline__ void store_last_if(bool there, void* address, uint2 v) {
+  MKCONVLSTM_STORE_IF(there, "st.global.cs.v2.u32 [%1], {%2, %3};", "l"(address), "r"(v.x), "r"(v.y));
+}
+
+__device__ __forceinline__ void store_last_if(bool there, void* address, float4 v) {
+  MKCONVLSTM_STORE_IF(there, "st.global.cs.v4.f32 [%1], {%2, %3, %4, %5};", "l"(address), "f"(v.x), "f"(v.y),
+                      "f"(v.z), "f"(v.w));
+}
+
+#undef MKCONVLSTM_STORE_IF
 
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {

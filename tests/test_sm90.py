@@ -24,7 +24,7 @@ PROBLEMS = {
     "mnist_57": (16, 3, (16, 16), [(5, 64), (7, 64)]),
     "radar_35": (4, 3, (96, 96), [(3, 32), (5, 32)]),  # several tiles a block, both groups in one box
     "rotating_short": (12, 9, (32, 32), [(3, 64)]),  # tiles go to other blocks at each step
-    "rotating_boxes": (10, 5, (32, 32), [(3, 128)]),
+    "rotating_boxes": (10, 5, (33, 32), [(3, 128)]),  # and the last one has no pixel
     "rotating_one_box": (30, 3, (3, 150), [(5, 72)]),
     "odd_sizes": (3, 4, (9, 7), [(3, 24), (5, 40)]),
     "larger_kernel_first": (2, 3, (13, 21), [(5, 16), (3, 8)]),
@@ -35,7 +35,7 @@ PROBLEMS = {
     "small_batch": (8, 5, (13, 16), [(5, 16), (3, 8)]),
     "wide": (1, 4, (3, 150), [(5, 24)]),
     "wide_boxes": (1, 4, (3, 150), [(5, 72)]),  # one at a time
-    "short_tiles": (2, 4, (90, 90), [((1, 3), 8)]),  # many a block
+    "short_tiles": (4, 4, (90, 89), [((1, 3), 8)]),  # two a block, the last one of the batch without a pixel
     "pointwise": (2, 4, (33, 32), [(1, 192)]),
     "few_products": (2, 4, (33, 32), [(1, 128)]),  # refused by streamed kernels
     "crossed_kernels": (2, 4, (10, 11), [((3, 5), 16), ((7, 3), 24)]),

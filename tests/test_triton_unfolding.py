@@ -118,7 +118,13 @@ def everywhere(monkeypatch):
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel", "size"),
-    [(1, 8, (3, 3), (3, 5, 7)), (3, 64, (5, 3), (2, 4, 9)), (16, 5, (1, 5), (2, 3, 3)), (7, 4, (3, 9), (1, 2, 5))],
+    [
+        (1, 8, (3, 3), (3, 5, 7)),
+        (3, 64, (5, 3), (2, 4, 9)),
+        (16, 5, (1, 5), (2, 3, 3)),
+        (7, 4, (3, 9), (1, 2, 5)),
+        (3, 20, (5, 3), (2, 4, 9)),
+    ],
 )
 def test_interpreted_convolution_and_gradients(channels, outputs, kernel, size, has_bias, some_bytes, monkeypatch):
     monkeypatch.setattr(unfolding, "GRADIENT_BYTES", some_bytes)

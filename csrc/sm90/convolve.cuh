@@ -50,6 +50,7 @@ struct SharedMemory {
     }
     if (threadIdx.x < kZeroBytes / 16)
       reinterpret_cast<uint4*>(static_cast<char*>(base) + (zeros - boxes))[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    __syncwarp();
     sync_blocks();
   }
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ def environment(device: torch.device) -> dict:
     """Machine and software, with a hash of the kernels' sources, so that a stale report can be told."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        driver = getattr(torch.cuda, "driver_version", lambda: None)()
+        driver = driver_version()
     else:
         name, driver = cpu_name(), None
     return {
@@ -29,6 +30,16 @@ def environment(device: torch.device) -> dict:
         "mkconvlstm_cuda": mkconvlstm_cuda.__version__,
         "kernels": kernels_hash(),
     }
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver, as ``nvidia-smi`` names it; None where there is no such program, or it fails."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip().splitlines()[0]
 
 
 def cpu_name() -> str:

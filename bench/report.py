@@ -59,9 +59,10 @@ def markdown(results: dict) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in table]
     rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in results["peak_tflops"].items())
     where = f"{results['device']}" + (f", {results['threads']} threads" if results["device_type"] == "cpu" else "")
+    driver = f", driver {results['driver']}" if results["driver"] else ""
     lines += [
         "",
-        f"{where}; torch {results['torch']}; medians, by turns in one run. "
+        f"{where}; torch {results['torch']}{driver}; kernels {results['kernels']}; medians, by turns in one run. "
         f"Peak rate: {rates} (the better of a large matrix product and a large convolution).",
     ]
     if alone := results.get("hidden_convolutions_us"):
@@ -142,7 +143,9 @@ def write(results: dict, folder: Path) -> list[Path]:
     stem = "-".join(device.lower().replace("/", " ").split())
     paths = [folder / f"{stem}{suffix}" for suffix in (".json", ".md", ".png")]
     paths[0].write_text(json.dumps(results, indent=1) + "\n")
-    paths[1].write_text(markdown(results))
+    sanitizers = folder / "sanitizers.md"  # see `sanitize`
+    found = sanitizers.read_text() if results["device_type"] == "cuda" and sanitizers.exists() else None
+    paths[1].write_text(markdown(results) + (f"\nUnder sanitizers:\n\n{found}" if found else ""))
     plot(results, paths[2])
     if results.get("sweeps"):
         paths.append(folder / f"{stem}-sweeps.png")
@@ -151,10 +154,10 @@ def write(results: dict, folder: Path) -> list[Path]:
 
 
 def stale(report: Path, kernels: str | None) -> str | None:
-    """Why a committed report no longer belongs to the code, or None if it does."""
-    measured = json.loads(report.read_text())["kernels"]
-    if kernels is not None and measured != kernels:
-        return (
-            f"{report.name} was measured on kernels {measured}, the code has {kernels}: run `mkconvlstm bench --report`"
-        )
-    return None
+    """Why a committed report, or what sanitizers said, no longer belongs to the code, or None if it does."""
+    found = json.loads(report.read_text())
+    measured = {found["kernels"]} if "kernels" in found else {verdict["kernels"] for verdict in found.values()}
+    if kernels is None or measured == {kernels}:
+        return None
+    command = "mkconvlstm bench --report" if "kernels" in found else "make sanitize"
+    return f"{report.name} is of kernels {', '.join(sorted(measured))}, the code has {kernels}: run `{command}`"

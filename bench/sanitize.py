@@ -1,13 +1,16 @@
-"""The compiled code under sanitizers; writes what they found to ``bench-results/sanitizers.md``.
+"""The compiled code under sanitizers; writes what they found to ``sanitizers.json`` and ``sanitizers.md``.
 
 The host's code: the CPU library and ``_C``, built anew with AddressSanitizer and UBSan, through their tests. The
 kernels, where there is a GPU: CUDA's and Triton's on small problems under the four tools of ``compute-sanitizer``.
 
-    python -m mkconvlstm_cuda.bench.sanitize [host] [memcheck] [racecheck] [synccheck] [initcheck]
+    python -m mkconvlstm_cuda.bench.sanitize [host] [memcheck] [racecheck] [synccheck] [initcheck] [--output FOLDER]
+
+Tools that are not named keep what the files say of them, with the device and the kernels that it was said of.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,13 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Optional
 
 import torch
+import typer
 
 from .. import dispatch, fuzz
 from ..fuzz_problems import Kernel, Problem
+from .machine import kernels_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("bench-results")
@@ -178,30 +184,47 @@ def which_library(name: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def main(names: list[str]) -> int:
+def main(
+    names: Annotated[Optional[list[str]], typer.Argument(help="host, memcheck, ...; default: what runs here.")] = None,  # noqa: UP045
+    output: Annotated[Path, typer.Option(help="Folder of sanitizers.json and sanitizers.md.")] = RESULTS,
+) -> None:
+    """The compiled code under sanitizers; fails where one is not clean."""
     if not names:
         names = ["host", *(TOOLS if torch.cuda.is_available() and shutil.which("compute-sanitizer") else ())]
+    for name in names:
+        if name != "host" and name not in TOOLS:
+            raise typer.BadParameter(f"no sanitizer {name}; there are host, {', '.join(TOOLS)}")
     RESULTS.mkdir(exist_ok=True)
     verdicts = []
     for name in names:
         verdicts.append(host() if name == "host" else kernels(name))
         print(verdicts[-1], flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    rows = [f"| {v.what} | {'clean' if v.clean else 'NOT CLEAN'} | {v.words} | {v.seconds:.0f} s |" for v in verdicts]
-    path = RESULTS / "sanitizers.md"
-    head = [
-        f"{device}; torch {torch.__version__}",
-        "",
-        "| sanitizer | | its summary | time |",
-        "| --- | --- | --- | --- |",
-    ]
-    path.write_text("\n".join([*head, *rows]) + "\n")
-    print(f"wrote {path}")
-    return 0 if all(v.clean for v in verdicts) else 1
+    print(f"wrote {write(verdicts, output)}")
+    if not all(v.clean for v in verdicts):
+        raise typer.Exit(1)
+
+
+def write(verdicts: list[Verdict], folder: Path) -> Path:
+    """Adds ``verdicts`` to what ``folder`` already has, in the place of earlier ones of the same sanitizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sanitizers.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for v in verdicts:
+        on_gpu = v.what.startswith("compute-sanitizer")
+        device = torch.cuda.get_device_name() if on_gpu else "no GPU"
+        found[v.what] = asdict(v) | {"device": device, "torch": torch.__version__, "kernels": kernels_hash()}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    table = ["| sanitizer | | its summary | time | where | kernels |", "| --- | --- | --- | --- | --- | --- |"]
+    for v in found.values():
+        verdict, where = "clean" if v["clean"] else "NOT CLEAN", f"{v['device']}, torch {v['torch']}"
+        table.append(f"| {v['what']} | {verdict} | {v['words']} | {v['seconds']:.0f} s | {where} | {v['kernels']} |")
+    path = path.with_suffix(".md")
+    path.write_text("\n".join(table) + "\n")
+    return path
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run-problems"]:
         run_problems(TOOLS[sys.argv[2]])
     else:
-        sys.exit(main(sys.argv[1:]))
+        typer.run(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mkconvlstm_cuda.bench import contestants, machine, measure, report, scaling, sweeps
+from mkconvlstm_cuda.bench import contestants, machine, measure, report, sanitize, scaling, sweeps
 from mkconvlstm_cuda.bench.peers import BatchedInputLoop, UsualLoop
 from mkconvlstm_cuda.bench.timing import take_turns
 from mkconvlstm_cuda.bench.workloads import WORKLOADS, Workload
@@ -95,6 +95,33 @@ def test_sweeps_change_one_size_at_a_time(monkeypatch, tmp_path):
     assert {r["contestant"] for r in records} >= {"usual loop", "ours, aten"}
     report.plot_sweeps(records, tmp_path / "sweeps.png")
     assert (tmp_path / "sweeps.png").stat().st_size > 5000
+
+
+def test_the_driver_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.driver_version() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 580.95.05\necho 580.95.05\n")
+    program.chmod(0o755)
+    assert machine.driver_version() == "580.95.05"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert machine.driver_version() is None
+
+
+def test_a_report_tells_what_sanitizers_said(tmp_path):
+    first = [sanitize.Verdict("host", True, "408 passed", 60.0), sanitize.Verdict("memcheck", False, "1 error", 2.0)]
+    sanitize.write(first, tmp_path)
+    sanitize.write([sanitize.Verdict("memcheck", True, "0 errors", 3.0)], tmp_path)
+    assert report.stale(tmp_path / "sanitizers.json", machine.kernels_hash()) is None
+    assert "the code has other: run `make sanitize`" in report.stale(tmp_path / "sanitizers.json", "other")
+    results = json.loads((ROOT / "bench" / "reports" / "cpu.json").read_text())
+    for kind, told in (("cpu", False), ("cuda", True)):
+        _, table, *_ = report.write(results | {"device_type": kind, "driver": "580.95.05", "sweeps": None}, tmp_path)
+        text = table.read_text()
+        assert (f"| memcheck | clean | 0 errors | 3 s | no GPU, torch {torch.__version__} |" in text) == told
+        assert ("408 passed" in text) == told
+        assert "1 error " not in text
+        assert "driver 580.95.05; kernels " + results["kernels"] in text
 
 
 def test_busy_time_counts_overlaps_once():

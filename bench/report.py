@@ -137,13 +137,16 @@ def new_figure(width: float, height: float, panels: int = 1):
 
 
 def write(results: dict, folder: Path) -> list[Path]:
-    """``<device>.json``, ``.md`` and ``.png`` in ``folder``, with sweeps another; returns their paths."""
+    """``<device>.json``, ``.md`` and ``.png`` in ``folder``, with sweeps another; returns their paths.
+
+    A GPU's table ends with what sanitizers have said, where ``folder`` knows: see :mod:`sanitize`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     device = results["device"] if results["device_type"] == "cuda" else "cpu"
     stem = "-".join(device.lower().replace("/", " ").split())
     paths = [folder / f"{stem}{suffix}" for suffix in (".json", ".md", ".png")]
     paths[0].write_text(json.dumps(results, indent=1) + "\n")
-    sanitizers = folder / "sanitizers.md"  # see `sanitize`
+    sanitizers = folder / "sanitizers.md"
     found = sanitizers.read_text() if results["device_type"] == "cuda" and sanitizers.exists() else None
     paths[1].write_text(markdown(results) + (f"\nUnder sanitizers:\n\n{found}" if found else ""))
     plot(results, paths[2])

@@ -62,8 +62,8 @@ py::list units(const Plan& plan) {
     const auto is = [&](sm90::UnitFlag flag) { return (unit.flags & flag) != 0; };
     result.append(py::dict("box"_a = unit.box,
                            "tap"_a = py::make_tuple(unit.y - program.radius_y, unit.x - program.radius_x),
-                           "rows"_a = unit.rows, "enters"_a = is(sm90::kEnterBox), "acquires"_a = is(sm90::kAcquireBox),
-                           "releases"_a = is(sm90::kReleaseBox)));
+                           "rows"_a = unit.offset / sm90::kRowBytes, "enters"_a = is(sm90::kEnterBox),
+                           "acquires"_a = is(sm90::kAcquireBox), "releases"_a = is(sm90::kReleaseBox)));
   }
   return result;
 }
@@ -117,6 +117,10 @@ py::list pieces(const BackwardPlan& plan) {
   return result;
 }
 
+py::tuple patch(const sm90::Tiling& tiling) { return py::make_tuple(tiling.patch_height(), tiling.patch_width()); }
+
+py::tuple box(const sm90::Tiling& tiling) { return py::make_tuple(tiling.box_height(), tiling.box_width()); }
+
 // What both plans have.
 template <typename Plan>
 py::class_<Plan> bind_plan(py::module_& m, const char* name, const char* doc) {
@@ -127,10 +131,12 @@ py::class_<Plan> bind_plan(py::module_& m, const char* name, const char* doc) {
       .def_property_readonly("period", [](const Plan& plan) { return plan.dealing.period; })
       .def_readonly("shared_memory", &Plan::shared_memory)
       .def_property_readonly("box_slots", [](const Plan& plan) { return plan.program.box_slots; })
-      .def_property_readonly("box_rows",
-                             [](const Plan& plan) { return plan.program.box_chunks * plan.program.chunk_rows; })
-      .def_property_readonly("chunk_rows", [](const Plan& plan) { return plan.program.chunk_rows; })
-      .def_property_readonly("halo", [](const Plan& plan) { return plan.program.halo; })
+      .def_property_readonly("box_bytes", [](const Plan& plan) { return plan.program.box_bytes(); })
+      .def_property_readonly("chunk_width", [](const Plan& plan) { return plan.program.chunk_width; })
+      .def_property_readonly("chunks", [](const Plan& plan) { return plan.program.box_chunks; })
+      .def_property_readonly("tiling", [](const Plan& plan) { return plan.program.tiling; })
+      .def_property_readonly("patch", [](const Plan& plan) { return patch(plan.program.tiling); })
+      .def_property_readonly("box", [](const Plan& plan) { return box(plan.program.tiling); })
       .def_property_readonly("stages", [](const Plan& plan) { return plan.program.stages; })
       .def_property_readonly("stages_per_tile", [](const Plan& plan) { return plan.program.stages_per_tile; })
       .def_property_readonly("units", &units<Plan>);
@@ -139,6 +145,17 @@ py::class_<Plan> bind_plan(py::module_& m, const char* name, const char* doc) {
 }  // namespace
 
 void bind_sequence_plan(py::module_& m) {
+  using sm90::Tiling;
+  py::class_<Tiling>(m, "Tiling", "Which pixels a tile has, and where these lie in its boxes.")
+      .def_property_readonly("patch", &patch, "Height and width.")
+      .def_property_readonly("box", &box, "Height and width.")
+      .def_property_readonly("tiles", &Tiling::tiles)
+      .def_readonly("line", &Tiling::line, "Rows of a box from one line of an image to the next.")
+      .def("pixel", [](const Tiling& t, int tile, int row) {
+        const Tiling::Pixel pixel = t.pixel(t.place(tile), row);
+        return pixel.exists() ? pixel.index : -1;
+      }, "Of the batch, or -1.", "tile"_a, "row"_a)
+      .def("box_row", &Tiling::box_row, "row"_a);
   bind_plan<ForwardPlan>(m, "ForwardPlan", "How the recurrence runs forward on Hopper.")
       .def_property_readonly("groups", &groups)
       .def_property_readonly("boxes", &boxes)

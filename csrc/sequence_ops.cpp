@@ -1,6 +1,7 @@
 // The whole recurrence as one CUDA operation: schema, argument checks, the way to a launcher. Only torch's stable ABI.
 #include <cuda.h>
 
+#include <array>
 #include <string>
 
 #include "sequence_operands.h"
@@ -11,8 +12,11 @@ namespace mkconvlstm {
 
 namespace {
 
-// data: [rows, columns] of 16-bit elements, loaded in boxes of box_rows x 64 with the 128-byte swizzle.
-CUtensorMap tensor_map(void* data, DType dtype, int64_t rows, int64_t columns, int box_rows, const char* op) {
+// data: 16-bit elements; the last dimension is contiguous, strides: of the others, in elements.
+template <size_t kDimensions>
+CUtensorMap tensor_map(const char* op, void* data, DType dtype, std::array<int64_t, kDimensions> sizes,
+                       std::array<int64_t, kDimensions - 1> strides, std::array<int, kDimensions> box,
+                       CUtensorMapSwizzle swizzle) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -21,15 +25,40 @@ CUtensorMap tensor_map(void* data, DType dtype, int64_t rows, int64_t columns, i
   }();
   STD_TORCH_CHECK(encode != nullptr, op, ": the driver has no tensor maps");
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {sm90::kBoxChannels, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  cuuint64_t extents[kDimensions], bytes[kDimensions];
+  cuuint32_t boxes[kDimensions], steps[kDimensions];
+  for (size_t i = 0; i < kDimensions; ++i) {  // the driver counts from the innermost
+    const size_t from = kDimensions - 1 - i;
+    extents[i] = static_cast<cuuint64_t>(sizes[from]);
+    boxes[i] = static_cast<cuuint32_t>(box[from]);
+    steps[i] = 1;
+    if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(strides[from]) * 2;
+  }
   const CUresult result =
-      encode(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-             data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+             kDimensions, data, extents, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, op, ": cuTensorMapEncodeTiled failed with error ", static_cast<int>(result));
   return map;
+}
+
+// What boxes are loaded from: data [steps * images, height, width, channels].
+CUtensorMap box_map(const char* op, void* data, DType dtype, int64_t steps, int64_t channels,
+                    const sm90::Program& program) {
+  const sm90::Tiling& t = program.tiling;
+  return tensor_map<4>(op, data, dtype, {steps * t.images, t.height, t.width, channels},
+                       {int64_t{t.height} * t.width * channels, t.width * channels, channels},
+                       {1, t.box_height(), program.chunk_width, sm90::kBoxChannels}, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+// One group's part of z [steps * images, height, width, 4 * branch_channels].
+CUtensorMap gates_map(const char* op, void* z, DType dtype, int64_t steps, int64_t branch_channels,
+                      const ColumnGroup& group, const sm90::Tiling& t) {
+  const int64_t pixel = 4 * branch_channels, line = t.width * pixel;
+  return tensor_map<5>(op, static_cast<char*>(z) + 2 * group.first_in_branch, dtype,
+                       {steps * t.images, 4, t.height, t.width, group.channels},
+                       {t.height * line, branch_channels, line, pixel},
+                       {1, 4, t.patch_height(), t.patch_width(), sm90::kGroupColumns / 4}, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 // What both passes know of a sequence.
@@ -60,11 +89,13 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   const torch::stable::accelerator::DeviceGuard guard(checker.device());
   const ForwardPlan plan = plan_forward(branches.problem, device_limits(checker.device(), op));
   auto forward = new_pass<sm90::Forward>(plan, sizes);
+  sm90::ForwardMaps maps{};
   for (int g = 0; g < 2; ++g) {
     const ColumnGroup& group = plan.groups[g];
-    const int channels = static_cast<int>(branches.problem.branches[group.branch].channels);
-    forward.groups[g] = {branches.z[group.branch], int64_t{forward.pixels} * 4 * channels, channels,
-                         group.first_in_branch, group.first_hidden, group.channels};
+    forward.groups[g] = {group.first_hidden, group.channels};
+    if (group.channels > 0)
+      maps.gates[g] = gates_map(op, branches.z[group.branch], checker.dtype(), forward.steps,
+                                branches.problem.branches[group.branch].channels, group, plan.program.tiling);
   }
   const int64_t state_elements = int64_t{forward.pixels} * forward.hidden;
   Tensor packed = scratch(h, plan.packed_bytes());
@@ -89,9 +120,8 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
     const auto* initial = checker.read<const void>(h_0, "h_0", state_elements, half);
     check_cuda(cudaMemcpyAsync(forward.state, initial, state_elements * 2, cudaMemcpyDeviceToDevice, stream), op);
   }
-  const CUtensorMap map =
-      tensor_map(forward.state, checker.dtype(), 2 * forward.pixels, forward.hidden, plan.program.chunk_rows, op);
-  sm90::launch(forward, map, checker.dtype(), plan.dealing.blocks(), plan.shared_memory, stream);
+  maps.state = box_map(op, forward.state, checker.dtype(), 2, forward.hidden, plan.program);
+  sm90::launch(forward, maps, checker.dtype(), plan.dealing.blocks(), plan.shared_memory, stream);
   check_cuda(cudaGetLastError(), op);
 }
 
@@ -128,8 +158,8 @@ void sm90_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, Opti
   CUtensorMap maps[2];
   for (size_t r = 0; r < 2; ++r) {
     const int part = r < branches.problem.branches.size() ? static_cast<int>(r) : 0;
-    maps[r] = tensor_map(backward.parts[part].gates, checker.dtype(), int64_t{backward.steps} * backward.pixels,
-                         4 * backward.parts[part].channels, plan.program.chunk_rows, op);
+    maps[r] = box_map(op, backward.parts[part].gates, checker.dtype(), backward.steps,
+                      4 * backward.parts[part].channels, plan.program);
   }
   sm90::launch(backward, maps, checker.dtype(), plan.dealing.blocks(), plan.shared_memory, stream);
   check_cuda(cudaGetLastError(), op);

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
-#include <stdexcept>
-#include <string>
+
+#include "tile_plan.h"
 
 namespace mkconvlstm {
 
@@ -13,9 +13,6 @@ using namespace sm90;
 namespace {
 
 constexpr int kGroupChannels = kGroupColumns / 4;
-constexpr int kMaxBoxRows = 256;  // of one TMA load
-constexpr int kSwizzleRows = 8;   // rows after which the swizzle of shared memory repeats
-constexpr int kMinStages = 4;
 constexpr int kMaxRadius = 15;  // of a kernel; bits of a word say which neighbours lie inside the image
 // How many taps the second consumer multiplies before it finishes a group. The first one finishes at once, or after a
 // tap, so that one of them keeps the tensor cores busy while the other computes gates.
@@ -23,11 +20,6 @@ constexpr int kDelayBoth = 4;
 constexpr int kDelaySecond = 8;
 constexpr int kBackwardBoxes = 2;  // at a time: one is multiplied, the next is on its way
 constexpr int kMostBatch = 4;      // pieces whose sums backward fetches at a time
-
-int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
-
-[[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument("plan: " + reason); }
 
 }  // namespace
 
@@ -103,46 +95,6 @@ void fill_boxes(const std::array<ColumnGroup, 2>& groups, int64_t hidden, Forwar
   }
 }
 
-// The rows of a box, which serve all taps up to the radii.
-void size_boxes(int64_t width, Program& program) {
-  const int64_t halo = program.radius_y * width + program.radius_x;
-  if (halo > std::numeric_limits<int16_t>::max()) refuse("the image is too wide");
-  program.halo = static_cast<int>(halo);
-  const int rows = round_up(kTileRows + 2 * program.halo, kSwizzleRows);
-  program.box_chunks = ceil_div(rows, kMaxBoxRows);
-  program.chunk_rows = round_up(ceil_div(rows, program.box_chunks), kSwizzleRows);
-}
-
-// Stages of weights for which there is room beside so many boxes and `reserved` bytes.
-int stages_beside(const HopperLimits& limits, int reserved, int box_slots, const Program& program) {
-  const int available = limits.shared_memory - reserved - kZeroBytes - kBarrierBytes;
-  return (available - box_slots * program.box_bytes()) / kStageBytes;
-}
-
-// At most that many boxes, as fit beside a sufficient ring of weights and `reserved` bytes.
-void divide_shared_memory(const HopperLimits& limits, int reserved, int box_slots, Program& program) {
-  const auto stages = [&](int slots) { return stages_beside(limits, reserved, slots, program); };
-  program.box_slots = box_slots;
-  while (program.box_slots > 1 && stages(program.box_slots) < kMinStages) --program.box_slots;
-  program.stages = std::min(kMaxStages, stages(program.box_slots));
-  if (program.stages < kMinStages) refuse("the image is too wide: a tile and its halo do not fit into shared memory");
-}
-
-// Tiles of so many pixels, in pairs: the last one may be empty.
-int pixel_tiles(const SequenceProblem& problem) {
-  return round_up(ceil_div(problem.batch * problem.height * problem.width, kTileRows), kPair);
-}
-
-// The same items for a block at every step; all of them in turn where that leaves many blocks idle, and `may_rotate`.
-Dealing deal(int64_t items, int multiprocessors, bool may_rotate) {
-  if (multiprocessors < kPair) refuse("two multiprocessors work at a pair of tiles");
-  const int64_t pairs = items / kPair, most = multiprocessors / kPair, rounds = ceil_div(pairs, most);
-  if (may_rotate && 20 * rounds * most >= 21 * pairs && rounds > 1)
-    return {static_cast<int>(most), static_cast<int>(pairs)};
-  const int used = ceil_div(pairs, rounds);
-  return {used, static_cast<int>(rounds * used)};
-}
-
 struct Step {
   Columns columns;
   int box, first_tap, taps;
@@ -171,7 +123,7 @@ std::vector<Step> order_products(const ForwardProgram& program, int shared, int 
 
 int stages_of(const Step& step) { return step.columns == Columns::kBoth ? step.taps : ceil_div(step.taps, 2); }
 
-void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, int64_t width, ForwardProgram& program) {
+void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, ForwardProgram& program) {
   int count = 0;
   std::array<bool, kMaxBoxes> seen{};
   std::array<int, kMaxBoxes> last_use{};
@@ -183,8 +135,7 @@ void fill_units(const std::vector<Step>& steps, const std::vector<Tap>& taps, in
       if (!seen[step.box]) flags |= kAcquireBox;
       seen[step.box] = true;
       last_use[step.box] = count;
-      program.units[count++] = {static_cast<int16_t>(tap.dy * width + tap.dx),
-                                static_cast<uint8_t>(tap.dy + program.radius_y),
+      program.units[count++] = {offset_bytes(program, tap.dy, tap.dx), static_cast<uint8_t>(tap.dy + program.radius_y),
                                 static_cast<uint8_t>(tap.dx + program.radius_x), static_cast<uint8_t>(step.box), flags};
     }
   }
@@ -227,10 +178,6 @@ void fill_runs(const std::vector<Step>& steps, int consumer, bool waits_for_cell
   if (last_both + 1 == steps.size()) add(Columns::kSecond, 0, kFinishFirst);
 }
 
-int shared_memory(const Program& program) {
-  return program.box_slots * program.box_bytes() + kZeroBytes + program.stages * kStageBytes + kBarrierBytes;
-}
-
 // Every tap of every 64 gates; where dz is read, a tap's neighbour lies on the other side. Returns each unit's gates.
 std::vector<GateBox> fill_backward_units(const SequenceProblem& problem, Program& program) {
   std::vector<GateBox> boxes;
@@ -241,8 +188,7 @@ std::vector<GateBox> fill_backward_units(const SequenceProblem& problem, Program
       for (int dy = -radius_y; dy <= radius_y; ++dy) {
         for (int dx = -radius_x; dx <= radius_x; ++dx) {
           if (boxes.size() == kMaxUnits) refuse("too many products");
-          program.units[boxes.size()] = {static_cast<int16_t>(dy * problem.width + dx),
-                                         static_cast<uint8_t>(dy + program.radius_y),
+          program.units[boxes.size()] = {offset_bytes(program, dy, dx), static_cast<uint8_t>(dy + program.radius_y),
                                          static_cast<uint8_t>(dx + program.radius_x), 0, 0};
           boxes.push_back({static_cast<int16_t>(part), static_cast<int16_t>(gate)});
         }
@@ -315,11 +261,11 @@ BackwardPlan plan_columns(const SequenceProblem& problem, const HopperLimits& li
     program.radius_x = std::max(program.radius_x, static_cast<int>(branch.kernel_width / 2));
     if (branch.kernel_height * branch.kernel_width > kMaxTaps) refuse("the kernel is too large");
   }
-  size_boxes(problem.width, program);
+  choose_tiling(problem, limits, sum_bytes(1), program);
   program.columns = columns;
   program.stage_units = program.columns == Columns::kBoth ? 1 : 2;
   program.chunks = (program.columns == Columns::kBoth ? 2 : 1) * kGroupColumns / kChunkChannels;
-  plan.tiles_m = pixel_tiles(problem);
+  plan.tiles_m = pixel_tiles(program);
   plan.tiles_n = ceil_div(problem.hidden(), program.chunks * kChunkChannels);
 
   const std::vector<GateBox> boxes = fill_backward_units(problem, program);
@@ -338,7 +284,7 @@ BackwardPlan plan_columns(const SequenceProblem& problem, const HopperLimits& li
   if (items > std::numeric_limits<int32_t>::max() / (kTileRows * program.chunks * kChunkChannels))
     refuse("too many tiles");
   plan.dealing = deal(items, limits.multiprocessors, true);
-  plan.shared_memory = shared_memory(program) + sum_bytes(program.batch);
+  plan.shared_memory = shared_memory(program, sum_bytes(program.batch));
   return plan;
 }
 
@@ -364,14 +310,14 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
   const ColumnGroup& largest = plan.groups[1];
   program.radius_y = largest.kernel_height / 2;
   program.radius_x = largest.kernel_width / 2;
-  size_boxes(problem.width, program);
+  choose_tiling(problem, limits, kStagedBytes, program);
   plan.taps = list_taps(plan.groups);
   if (plan.taps.size() > kMaxTaps) refuse("the kernel is too large");
   const int taps = static_cast<int>(plan.taps.size());
   const int shared = plan.groups[0].kernel_height * plan.groups[0].kernel_width;
   fill_boxes(plan.groups, problem.hidden(), program);
   // All of a tile, or at least two, so that the next tile's first box arrives while this one is multiplied.
-  divide_shared_memory(limits, 0, std::max(program.box_count, 2), program);
+  divide_shared_memory(limits, kStagedBytes, std::max(program.box_count, 2), program);
 
   const std::vector<Step> steps = order_products(program, shared, taps);
   program.stages_per_tile = 0;
@@ -383,13 +329,13 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
   program.stages = std::min(program.stages, program.stages_per_tile - 1);
   // A consumer waits for the next one before it gives the last one back.
   if (program.stages < 2) refuse("a tile has too few products");
-  fill_units(steps, plan.taps, problem.width, program);
+  fill_units(steps, plan.taps, program);
 
-  plan.tiles_m = pixel_tiles(problem);
+  plan.tiles_m = pixel_tiles(program);
   plan.tiles_n = ceil_div(std::max(plan.groups[0].channels, plan.groups[1].channels), kGroupChannels);
   plan.dealing = deal(int64_t{plan.tiles_m} * plan.tiles_n, limits.multiprocessors, steps[0].taps > 1);
   for (int i = 0; i < kConsumers; ++i) fill_runs(steps, i, plan.dealing.rotates(), program);
-  plan.shared_memory = shared_memory(program);
+  plan.shared_memory = shared_memory(program, kStagedBytes);
   return plan;
 }
 

@@ -10,7 +10,7 @@ Kernels = list[tuple[int, int]]  # kernel size, F_r
 
 SHOWN = (
     "blocks", "period", "pieces", "tile_channels", "tiles_m", "tiles_n", "windows", "window", "groups", "split",
-    "stages", "box_slots", "box_rows", "shared_memory",
+    "stages", "patch", "box_slots", "box", "shared_memory",
 )  # fmt: skip
 
 

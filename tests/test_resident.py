@@ -96,7 +96,8 @@ def host_kernels(tmp_path_factory):
     options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
     options += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment", "-fsanitize-undefined-trap-on-error"]
     folders = [f"-I{folder}" for folder in (here / "csrc", here / "csrc" / "sm90", HERE)]
-    sources = [HERE / "resident_host.cpp", here / "csrc" / "resident_plan.cpp", here / "csrc" / "sequence_plan.cpp"]
+    plans = [here / "csrc" / f"{name}_plan.cpp" for name in ("resident", "sequence", "tile")]
+    sources = [HERE / "resident_host.cpp", *plans]
     library = here / "libresident.so"
     subprocess.run([compiler, *options, *folders, *map(str, sources), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

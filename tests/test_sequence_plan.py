@@ -27,7 +27,7 @@ def random_problem(rng):
     return {
         "batch": rng.choice([1, 2, 7, 16]),
         "height": rng.randint(1, 40),
-        "width": rng.choice([rng.randint(1, 40), rng.randint(100, 300)]),
+        "width": rng.choice([rng.randint(1, 40), rng.randint(100, 300), rng.randint(300, 3000)]),
         "branches": [(h, w, 8 * rng.randint(1, 20)) for h, w in kernels],
     }
 
@@ -44,11 +44,16 @@ def plans(plan=_C.plan_forward):
 
 
 def assert_memory_fits(problem, plan, more=0):
-    boxes, stages = plan.box_slots * plan.box_rows * ROW_BYTES, plan.stages * STAGE_BYTES
+    boxes, stages = plan.box_slots * plan.box_bytes, plan.stages * STAGE_BYTES
     assert boxes + stages + more <= plan.shared_memory <= 232448, problem
-    assert plan.box_rows >= TILE_ROWS + 2 * plan.halo, problem
-    assert plan.chunk_rows <= 256, problem
-    assert plan.chunk_rows % 8 == 0, problem
+    height, width = plan.tiling.box
+    assert max(height, plan.chunk_width) <= 256, problem
+    assert width <= plan.chunks * plan.chunk_width, problem
+    assert plan.chunks * plan.chunk_width * height * ROW_BYTES <= plan.box_bytes, problem
+    # Each chunk, and each box, begins where the swizzle of 8 rows does.
+    assert plan.box_bytes % (8 * ROW_BYTES) == 0, problem
+    assert plan.chunks == 1 or plan.chunk_width % 8 == 0, problem
+    assert plan.chunks == 1 or height == 1, problem
 
 
 def assert_boxes_are_there(problem, units, box_slots, run_ends):
@@ -80,9 +85,8 @@ def positions(kernel):
     return {(dy, dx) for dy in range(-(h // 2), h // 2 + 1) for dx in range(-(w // 2), w // 2 + 1)}
 
 
-def tiles_m(problem):
-    """Tiles of pixels, in pairs."""
-    return 2 * -(-problem["batch"] * problem["height"] * problem["width"] // (2 * TILE_ROWS))
+def in_pairs(tiles):
+    return 2 * -(-tiles // 2)
 
 
 def test_every_product_once():
@@ -105,17 +109,62 @@ def test_every_product_once():
                 done[1].append((unit["box"], unit["tap"]))
                 if run["columns"] == "both":
                     done[0].append((unit["box"], unit["tap"]))
-                assert unit["rows"] == unit["tap"][0] * problem["width"] + unit["tap"][1], problem
+                assert unit["rows"] == unit["tap"][0] * plan.tiling.line + unit["tap"][1], problem
         boxes = range(len(plan.boxes))
         for group in (0, 1):
             wanted = {(box, tap) for box in boxes for tap in positions(plan.groups[group]["kernel"])}
             assert len(done[group]) == len(wanted), problem
             assert set(done[group]) == wanted, problem
         assert sorted(channel for channel, _ in plan.boxes) == list(range(0, hidden, 64)), problem
-        assert plan.tiles_m == tiles_m(problem), problem
+        assert plan.tiles_m == in_pairs(plan.tiling.tiles), problem
         assert sum(g["channels"] for g in plan.groups) == hidden, problem
         assert all(g["channels"] <= 16 * plan.tiles_n for g in plan.groups), problem
     assert served > 300
+
+
+def test_tiles_hold_every_pixel_once_and_their_boxes_all_neighbours():
+    shapes = set()
+    for make in (_C.plan_forward, _C.plan_backward):
+        for problem, plan in plans(make):
+            tiling, (height, width) = plan.tiling, (problem["height"], problem["width"])
+            pixels = problem["batch"] * height * width
+            rows_of_pixels = tiling.patch == (1, TILE_ROWS) and tiling.line == width
+            shapes.add(tiling.patch if not rows_of_pixels else "rows")
+            assert rows_of_pixels or tiling.tiles <= -(-pixels // TILE_ROWS) or width > 100, problem
+            if pixels > 20000:
+                continue
+            placed = [[tiling.pixel(tile, row) for row in range(TILE_ROWS)] for tile in range(plan.tiles_m)]
+            assert sorted(p for tile in placed for p in tile if p >= 0) == list(range(pixels)), problem
+            # A tap moves all rows of a box alike: what it moves a pixel to is its neighbour, and lies in the box.
+            box_height, box_width = tiling.box
+            for row in range(TILE_ROWS):
+                for unit in plan.units[:: max(1, len(plan.units) // 7)]:
+                    assert 0 <= tiling.box_row(row) + unit["rows"] < box_height * box_width, problem
+            reach_y, reach_x = (max(unit["tap"][axis] for unit in plan.units) for axis in (0, 1))
+            for tile in placed[:: max(1, len(placed) // 5)]:
+                at = {tiling.box_row(row): p for row, p in enumerate(tile) if p >= 0}
+                for box_row, p in at.items():
+                    right, below = at.get(box_row + 1), at.get(box_row + tiling.line)
+                    assert reach_x == 0 or (p + 1) % width == 0 or right in (None, p + 1), problem
+                    assert reach_y == 0 or p // width % height == height - 1 or below in (None, p + width), problem
+            # Neighbouring rows of a tile lie in neighbouring rows of a box, 8 at a time: no two in the same banks.
+            for row in range(0, TILE_ROWS, 8):
+                first = tiling.box_row(row)
+                assert [tiling.box_row(row + i) for i in range(8)] == list(range(first, first + 8)), problem
+    assert len(shapes) > 2, shapes
+    assert "rows" in shapes
+
+
+def test_wide_images_are_cut_into_patches():
+    assert _C.plan_forward(**WORKLOADS["paper_mk35"]).tiling.patch == (1, TILE_ROWS)
+    for width in (96, 960, 9600):
+        for plan in (_C.plan_forward, _C.plan_backward):
+            tiling = plan(**{**WORKLOADS["radar_35"], "width": width}).tiling
+            assert tiling.patch == (8, 16)
+            assert tiling.box == (12, 20)
+    line = _C.plan_forward(batch=1, height=1, width=2**24, branches=[(3, 3, 8)]).tiling
+    assert line.patch == (1, TILE_ROWS)
+    assert line.box == (3, TILE_ROWS + 2)
 
 
 def test_memory_is_there_when_it_is_used():
@@ -196,7 +245,7 @@ def test_every_product_of_a_gradient_once():
             assert acquired == list(range(len(piece["boxes"]))), problem
             for unit in units:
                 done.append((piece["boxes"][unit["box"]], unit["tap"]))
-                assert unit["rows"] == unit["tap"][0] * problem["width"] + unit["tap"][1], problem
+                assert unit["rows"] == unit["tap"][0] * plan.tiling.line + unit["tap"][1], problem
             # Two taps of 64 channels share a stage of weights, and pieces share none.
             assert plan.tile_channels == 128 or piece["first"] % 2 == 0, problem
         wanted = {
@@ -209,7 +258,7 @@ def test_every_product_of_a_gradient_once():
         assert set(done) == wanted, problem
         hidden = sum(channels for *_, channels in problem["branches"])
         assert plan.tiles_n * plan.tile_channels >= hidden, problem
-        assert plan.tiles_m == tiles_m(problem), problem
+        assert plan.tiles_m == in_pairs(plan.tiling.tiles), problem
         assert plan.items == plan.tiles_m * plan.tiles_n * len(plan.pieces), problem
         assert plan.partial_bytes == plan.items * TILE_ROWS * plan.tile_channels * 4, problem
         assert plan.packed_bytes == plan.tiles_n * plan.stages_per_tile * STAGE_BYTES, problem
@@ -252,7 +301,8 @@ def test_groups_are_finished_when_their_sums_are_complete():
         ({"branches": [(3, 3, 12)]}, "multiple of 8"),
         ({"branches": [(2, 3, 16)]}, "odd"),
         ({"branches": [(33, 33, 16)]}, "kernel is too large"),
-        ({"width": 2000}, "too wide"),
+        ({"height": 10**4, "width": 10**4}, "too many elements"),
+        ({"branches": [(31, 3, 8), (31, 31, 8)]}, "kernel is too large"),
         ({"branches": [(3, 3, 4096)]}, "too many hidden channels"),
         ({"batch": 0}, "empty"),
         ({"batch": 10**7}, "too many elements"),

@@ -35,6 +35,9 @@ PROBLEMS = {
     "small_batch": (8, 5, (13, 16), [(5, 16), (3, 8)]),
     "wide": (1, 4, (3, 150), [(5, 24)]),
     "wide_boxes": (1, 4, (3, 150), [(5, 72)]),  # one at a time
+    "patches": (2, 3, (11, 700), [(3, 16), (5, 40)]),  # lines too long for tiles of rows
+    "patches_odd": (1, 4, (7, 1030), [(5, 24)]),  # and the last tile has no pixel
+    "patches_rotating": (1, 4, (90, 410), [(3, 8), (5, 8)]),
     "short_tiles": (4, 4, (90, 89), [((1, 3), 8)]),  # two a block, the last one of the batch without a pixel
     "pointwise": (2, 4, (33, 32), [(1, 192)]),
     "few_products": (2, 4, (33, 32), [(1, 128)]),  # refused by streamed kernels

@@ -50,9 +50,9 @@ __device__ __forceinline__ void load_gradients(const Backward& params, const Sha
   const int lane = threadIdx.x % 32, shares = params.tiles_n * min(program.piece_count, program.chunks);
   RingPosition ring;
   for_each_item(params, params.steps - 2, [&](int step, const Item& item) {
-    const Neighbours near(program, item.m, params.tiles_m);
-    for (int m = near.first + lane; m <= near.last; m += 32)
-      wait_counter(params.finished + m * kCounterStride, (params.steps - 1 - step) * shares);
+    const Tiling::Place place = program.tiling.place(item.m);
+    const Neighbours near(program.tiling, place);
+    near.wait(params.finished, kCounterStride, params.tiles_m, (params.steps - 1 - step) * shares);
     fence_proxy_async();
     __syncwarp();
     const Piece piece = program.pieces[item.piece];
@@ -60,8 +60,8 @@ __device__ __forceinline__ void load_gradients(const Backward& params, const Sha
       const GateBox box = program.boxes[piece.first_box + i];
       if (lane == 0) {
         wait(shared.box_empty + 8 * ring.index, ring.phase ^ 1);
-        load_box(program, shared, box.part == 0 ? first_part : second_part, box.first,
-                 (step + 1) * params.pixels + near.first_row, ring.index);
+        load_box(program, shared, box.part == 0 ? first_part : second_part, box.first, place,
+                 (step + 1) * program.tiling.images, ring.index);
       }
       ring.advance(program.box_slots);
     }
@@ -90,7 +90,8 @@ template <typename T>
 __device__ __forceinline__ void consume(const Backward& params, const SharedMemory& shared) {
   const BackwardProgram& program = params.program;
   const int warp = uniform(threadIdx.x / 32) - kProducerWarps;
-  FragmentRow lane(program, warp);
+  const int fragment_row = 16 * warp + threadIdx.x % 16;
+  FragmentRow lane(program, fragment_row);
   RingPosition weights;
   BoxRing boxes;
   float first[32], second[32];
@@ -99,7 +100,7 @@ __device__ __forceinline__ void consume(const Backward& params, const SharedMemo
   for_each_item(params, params.steps - 2, [&](int, const Item& item) {
     if (item.m != placed) {
       placed = item.m;
-      lane.place(program, item.m * kTileRows + 16 * warp + threadIdx.x % 16, params.pixels, params.images);
+      lane.place(program, program.tiling.pixel(program.tiling.place(item.m), fragment_row), params.images);
     }
 #pragma unroll
     for (int i = 0; i < 32; ++i) first[i] = second[i] = 0;
@@ -134,7 +135,11 @@ class GradientStep {
     channel_ = 4 * (thread % 4);
   }
 
-  __device__ __forceinline__ void place(const Item& item) { pixel_ = item.m * kTileRows + row_; }
+  __device__ __forceinline__ void place(const Item& item) {
+    const Tiling& tiling = params_.program.tiling;
+    const Tiling::Place tile = tiling.place(item.m);
+    pixel_ = tiling.pixel(tile, row_);
+  }
 
   // Everything but the sums and what other blocks carry on, early enough that it is there when they are.
   __device__ __forceinline__ void load(int step, const Item& item, int chunk) {
@@ -201,22 +206,22 @@ class GradientStep {
     return {low.x, low.y, high.x, high.y};
   }
 
-  __device__ bool there(int half) const { return pixel_ + 8 * half < params_.pixels && channel_at_ < params_.hidden; }
+  __device__ bool there(int half) const { return pixel_.index + 8 * half < pixel_.end && channel_at_ < params_.hidden; }
 
-  __device__ int element_of(int half) const { return (pixel_ + 8 * half) * params_.hidden + channel_at_; }
+  __device__ int element_of(int half) const { return (pixel_.index + 8 * half) * params_.hidden + channel_at_; }
 
   __device__ const GatePart& part() const { return params_.parts[channel_at_ >= params_.parts[1].first_hidden]; }
 
   __device__ T* gates_of(int step, int half) const {
-    const int64_t row = int64_t{step} * params_.pixels + pixel_ + 8 * half;
+    const int64_t row = int64_t{step} * params_.pixels + pixel_.index + 8 * half;
     return static_cast<T*>(part().gates) + row * 4 * part().channels + (channel_at_ - part().first_hidden);
   }
 
   // A division: the other way takes registers that this kernel lacks.
-  __device__ int image_of(int half) const { return (pixel_ + 8 * half) / params_.images.pixels.value; }
+  __device__ int image_of(int half) const { return (pixel_.index + 8 * half) / params_.images.pixels.value; }
 
   __device__ const T* dh_of(int step, int half) const {
-    const int image = image_of(half), in_image = pixel_ + 8 * half - image * params_.images.pixels.value;
+    const int image = image_of(half), in_image = pixel_.index + 8 * half - image * params_.images.pixels.value;
     return static_cast<const T*>(params_.dh) + image * params_.dh_image + step * params_.dh_step +
            channel_at_ * params_.dh_channel + in_image * params_.dh_pixel;
   }
@@ -251,9 +256,9 @@ class GradientStep {
   }
 
   const Backward& params_;
-  int row_, channel_;  // of a tile and a chunk; the second row is 8 later
-  int pixel_;          // of the first row
-  int channel_at_;     // the first of the four among all hidden channels
+  int row_, channel_;    // of a tile and a chunk; the second row is 8 later
+  Tiling::Pixel pixel_;  // of the first row
+  int channel_at_;       // the first of the four among all hidden channels
   uint2 gates_[2][4];
   float4 c_[2], c_prev_[2], dc_[2];
   T dh_[2][4];

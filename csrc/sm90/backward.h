@@ -40,7 +40,7 @@ struct Backward {
   uint32_t* summed;    // [tiles]: pieces' sums
   uint32_t* finished;  // [tiles_m]: shares of dz
   int pixels, steps, hidden;
-  Images images;
+  Images images;  // of the batch
   int tiles_m, tiles_n, items;
   int period;         // of dealing items to blocks
   bool shares_cells;  // dc is read by other blocks than those that wrote it
@@ -48,7 +48,7 @@ struct Backward {
 };
 
 // Asynchronous; errors of the launch are left to cudaGetLastError. Cooperative, as forward's launch. The maps are of
-// each part's gates, [steps * pixels, 4 * channels].
+// each part's gates, [steps * images, height, width, 4 * channels], of the images of the program's tiling.
 void launch(const Backward& backward, const CUtensorMap (&gates)[2], DType dtype, int blocks, int shared_memory,
             cudaStream_t stream);
 

@@ -22,7 +22,7 @@ struct SharedMemory {
   int box_bytes;
 
   __device__ SharedMemory(const Program& program, const void* base) {
-    box_bytes = program.box_chunks * program.chunk_rows * kRowBytes;
+    box_bytes = program.box_bytes();
     boxes = shared_address(base);
     zeros = boxes + program.box_slots * box_bytes;
     stages = zeros + kZeroBytes;
@@ -86,27 +86,46 @@ __device__ __forceinline__ void stream_weights(const Program& program, const Sha
   }
 }
 
-// One lane: a box of rows [row, row + 128 + 2 * halo) of an operand; what lies outside of it is zero.
+// One lane: a box of an operand's channels from the first one on, around a tile of that many images; what lies outside
+// of them is zero. before: images before those, of earlier steps.
 __device__ __forceinline__ void load_box(const Program& program, const SharedMemory& shared, const CUtensorMap* map,
-                                         int channel, int row, int slot) {
+                                         int channel, const Tiling::Place& tile, int before, int slot) {
+  const Tiling& tiling = program.tiling;
   const uint32_t barrier = shared.box_full + 8 * slot;
-  expect_bytes(barrier, shared.box_bytes);
+  int at[4] = {channel, tile.x - tiling.margin_x, tile.y - tiling.margin_y, before + tile.image};
+  if (tile.image >= tiling.images) at[0] = kMaxBoxes * kBoxChannels;  // no such tile, and no such channels
+  expect_bytes(barrier, program.loaded_bytes());
   for (int chunk = 0; chunk < program.box_chunks; ++chunk) {
-    copy_tensor(shared.boxes + slot * shared.box_bytes + chunk * program.chunk_rows * kRowBytes, map, channel,
-                row + chunk * program.chunk_rows, barrier);
+    copy_tensor(shared.boxes + slot * shared.box_bytes + chunk * program.chunk_bytes(), map, at, barrier);
+    at[1] += program.chunk_width;
   }
 }
 
-// The tiles whose pixels the taps of a tile touch.
-struct Neighbours {
-  int first_row;  // of the tile's boxes, in the flattened batch
-  int first, last;
-
-  __device__ Neighbours(const Program& program, int tile, int tiles) {
-    first_row = tile * kTileRows - program.halo;
-    first = max(0, first_row) / kTileRows;
-    last = min(tiles - 1, (first_row + kTileRows - 1 + 2 * program.halo) / kTileRows);
+// The tiles whose pixels the taps of a tile touch, itself among them: some lines of some tiles each.
+class Neighbours {
+ public:
+  __device__ Neighbours(const Tiling& tiling, const Tiling::Place& tile) : stride_(tiling.tile_columns.value) {
+    const int top = tiling.line_of(max(0, tile.y - tiling.margin_y));
+    const int left = tiling.column_of(max(0, tile.x - tiling.margin_x));
+    const int last_y = tile.y + tiling.patch_height() - 1 + tiling.margin_y;
+    const int last_x = tile.x + tiling.patch_width() - 1 + tiling.margin_x;
+    const int bottom = min(tiling.tile_lines.value - 1, tiling.line_of(last_y));
+    const int right = min(stride_ - 1, tiling.column_of(last_x));
+    first_ = (tile.image * tiling.tile_lines.value + top) * stride_ + left;
+    width_ = right + 1 - left;
+    count_ = (bottom + 1 - top) * width_;
   }
+
+  // A warp: until all have been published so often. counters: of all tiles, so far apart.
+  __device__ __forceinline__ void wait(const uint32_t* counters, int distance, int tiles, int wanted) const {
+    for (int i = threadIdx.x % 32; i < count_; i += 32) {
+      const int line = i / width_, tile = first_ + line * stride_ + i - line * width_;
+      if (tile < tiles) wait_counter(counters + tile * distance, wanted);
+    }
+  }
+
+ private:
+  int stride_, first_, width_, count_;
 };
 
 // The row of the tile whose operand a lane fetches, and which of its neighbours lie inside the image.
@@ -115,16 +134,15 @@ struct FragmentRow {
   uint32_t half;  // which 8 of 16 channels
   uint32_t y_inside = 0, x_inside = 0;
 
-  __device__ FragmentRow(const Program& program, int warp) {
-    const int lane = threadIdx.x % 32;
-    row = program.halo + 16 * warp + lane % 16;
-    half = lane / 16;
+  __device__ FragmentRow(const Program& program, int row_of_tile) {
+    row = program.tiling.box_row(row_of_tile);
+    half = threadIdx.x % 32 / 16;
   }
 
-  // pixel: the lane's own in the flattened batch; beyond the last one nothing is inside.
-  __device__ void place(const Program& program, int pixel, int pixels, const Images& images) {
-    const Images::Place at = images.place(pixel);
-    y_inside = pixel < pixels ? inside(at.y, images.height.value, program.radius_y) : 0;
+  // pixel: the lane's own; where there is none, nothing is inside.
+  __device__ void place(const Program& program, const Tiling::Pixel& pixel, const Images& images) {
+    const Images::Place at = images.place(pixel.index);
+    y_inside = pixel.exists() ? inside(at.y, images.height.value, program.radius_y) : 0;
     x_inside = inside(at.x, images.width.value, program.radius_x);
   }
 
@@ -151,23 +169,56 @@ struct BoxRing {
   }
 };
 
-// The fragments of half a unit, 2 of 64 rows x 16 channels.
-template <int kHalf>
-__device__ __forceinline__ void load_half(uint32_t (&fragments)[4][4], uint32_t address) {
-#pragma unroll
-  for (int k = 2 * kHalf; k < 2 * kHalf + 2; ++k) {
-    pin(fragments[k]);
-    load_matrices(fragments[k], address ^ (k << 5));
-  }
-}
+// Where a lane fetches its part of the units, one after another.
+class UnitAddress {
+ public:
+  __device__ UnitAddress(const Program& program, const SharedMemory& shared, const FragmentRow& lane,
+                         const BoxRing& boxes)
+      : program_(program), shared_(shared), lane_(lane), boxes_(boxes) {}
 
-// Half of a unit's products: 32 channels of its box.
-template <Columns kColumns, int kHalf, typename T>
-__device__ __forceinline__ void multiply_half(float (&first)[32], float (&second)[32],
-                                              const uint32_t (&fragments)[4][4], uint32_t weights) {
+  // All of a unit at once.
+  __device__ __forceinline__ uint2 read(int unit) const {
+    static_assert(sizeof(Unit) == 8 && offsetof(Unit, y) == 4, "offset in x; y, x, box and flags in y");
+    return *reinterpret_cast<const uint2*>(&program_.units[unit]);
+  }
+
+  static __device__ bool is(uint2 unit, UnitFlag flag) { return (unit.y >> 24 & flag) != 0; }
+
+  // The unit's box, from now on.
+  __device__ __forceinline__ void enter(uint2 unit) {
+    const BoxRing slot = boxes_.at(program_, unit.y >> 16 & 255);
+    if (is(unit, kAcquireBox)) wait_watched(shared_.box_full + 8 * slot.first, slot.phase);
+    own_ = shared_.boxes + slot.first * shared_.box_bytes + lane_.row * kRowBytes;
+    empty_ = shared_.box_empty + 8 * slot.first;
+  }
+
+  // The tile's row, moved by the tap. Neighbours outside the image come from rows of zeros, those that lie in the same
+  // banks.
+  __device__ __forceinline__ uint32_t of(uint2 unit) const {
+    const uint32_t row = own_ + unit.x;
+    const bool inside = (lane_.y_inside >> (unit.y & 255) & lane_.x_inside >> (unit.y >> 8 & 255) & 1) != 0;
+    return (inside ? row : shared_.zeros | (row & 7 * kRowBytes)) ^ (lane_.half << 4 ^ (row >> 3 & 0x70));
+  }
+
+  // The barrier by which the box is given back.
+  __device__ uint32_t empty() const { return empty_; }
+
+ private:
+  const Program& program_;
+  const SharedMemory& shared_;
+  const FragmentRow& lane_;
+  const BoxRing& boxes_;
+  uint32_t own_ = 0;  // the lane's own row in the box
+  uint32_t empty_ = 0;
+};
+
+// Products of kSteps times 16 channels of a unit, from the kFirst'th on: on their way when this returns.
+template <Columns kColumns, int kFirst, int kSteps, typename T>
+__device__ __forceinline__ void multiply_steps(float (&first)[32], float (&second)[32],
+                                               const uint32_t (&fragments)[4][4], uint32_t weights) {
   begin_products();
 #pragma unroll
-  for (int k = 2 * kHalf; k < 2 * kHalf + 2; ++k) {
+  for (int k = kFirst; k < kFirst + kSteps; ++k) {
     if (kColumns == Columns::kBoth) {
       multiply<T>(first, fragments[k], whole_descriptor(weights + 2 * k));
       multiply<T>(second, fragments[k], whole_descriptor(weights + (kGroupWeightBytes >> 4) + 2 * k));
@@ -178,70 +229,81 @@ __device__ __forceinline__ void multiply_half(float (&first)[32], float (&second
   commit_products();
 }
 
-// All products of a run. Two halves of units are always on their way through the tensor cores: when a half has been
-// issued, the one two before it has left its registers, which fetch the fragments of the half two after it. So a box is
-// left only after the next one has been entered: where shared memory holds a single one, a run must end with it. When
-// this returns, all sums are complete.
+// Fragments of a unit, once the same ones of the unit before the last have been multiplied.
+template <int kFirst, int kSteps>
+__device__ __forceinline__ void load_steps(uint32_t (&fragments)[4][4], uint32_t address) {
+  wait_products<4 / kSteps>();
+#pragma unroll
+  for (int k = kFirst; k < kFirst + kSteps; ++k) {
+    pin(fragments[k]);
+    load_matrices(fragments[k], address ^ (k << 5));
+  }
+}
+
+// All products of a run. When a unit's products, or half of them, have been issued, those that were issued before have
+// left the registers of their fragments, which take the fragments of the next unit. So a box is left only after the
+// next one has been entered: where shared memory holds a single one, a run must end with it. When this returns, all
+// sums are complete.
+//
+// What a consumer does between two issues lets the tensor cores wait, unless the other consumer has issued enough. So a
+// unit's address is computed while the unit before is multiplied, and what is rare is done in a branch of its own; taps
+// of the second group alone, which have half as many products, are issued whole, those of both in halves, since many
+// loads of fragments at once keep the tensor cores from their weights.
 template <Columns kColumns, typename T>
 __device__ __forceinline__ void multiply_run(const Program& program, const SharedMemory& shared,
                                              const FragmentRow& lane, const BoxRing& boxes, int unit, int count,
                                              RingPosition& ring, float (&first)[32], float (&second)[32]) {
   constexpr bool kTwoTaps = kColumns == Columns::kSecond;  // a stage holds two
+  constexpr int kSteps = kTwoTaps ? 4 : 2;                 // of 16 channels, issued together
   const bool elected = threadIdx.x % 32 == 0, tells = threadIdx.x % 32 < kPair;
+  const int end = unit + count;
   uint32_t even[4][4], odd[4][4];
-  uint32_t box = 0, box_empty = 0;
-  bool leaves = false;    // the unit located last is the last one of its box
   uint32_t previous = 0;  // the stage before, to be given back
 
-  // Where the lane fetches its part of a unit: the tile's rows, moved by the tap. Neighbours outside the image come
-  // from rows of zeros, those that lie in the same banks.
-  const auto locate = [&](int index) {
-    static_assert(sizeof(Unit) == 8 && offsetof(Unit, box) == 4, "all of a unit is read at once");
-    const uint2 next = *reinterpret_cast<const uint2*>(&program.units[index]);
-    const uint32_t flags = next.y >> 8;
-    if ((flags & kEnterBox) != 0 || box == 0) {
-      const BoxRing slot = boxes.at(program, next.y & 255);
-      if ((flags & kAcquireBox) != 0) wait_watched(shared.box_full + 8 * slot.first, slot.phase);
-      box = shared.boxes + slot.first * shared.box_bytes;
-      box_empty = shared.box_empty + 8 * slot.first;
-    }
-    leaves = (flags & kReleaseBox) != 0;
-    const int row = lane.row + static_cast<int16_t>(next.x);
-    const bool inside = (lane.y_inside >> (next.x >> 16 & 255)) & (lane.x_inside >> (next.x >> 24)) & 1;
-    const uint32_t address = inside ? box + row * kRowBytes : shared.zeros + (row & 7) * kRowBytes;
-    return address + ((lane.half ^ (row & 7)) << 4);
-  };
-
-  uint32_t address = locate(unit);
-  load_half<0>(even, address);
-  load_half<1>(even, address);
+  UnitAddress units(program, shared, lane, boxes);
+  uint2 here = units.read(unit), after = units.read(unit + 1);
+  units.enter(here);
+  load_fragments(even, units.of(here));
+  uint32_t address = units.of(after);
   wait_watched(shared.stage_full + 8 * ring.index, ring.phase);
-  int done = 0;
   // kOdd: the second unit of a pair. Returns whether it was the last one.
   const auto multiply_unit = [&](auto odd_one, const uint32_t (&fragments)[4][4], uint32_t (&next)[4][4]) {
     constexpr bool kOdd = decltype(odd_one)::value;
     constexpr bool kOpens = !(kTwoTaps && kOdd), kCloses = !kTwoTaps || kOdd;  // its stage
     const uint32_t weights =
         weights_descriptor(shared.stages + ring.index * kStageBytes + (kTwoTaps && kOdd ? kGroupWeightBytes : 0));
-    multiply_half<kColumns, 0, T>(first, second, fragments, weights);
-    const uint32_t left = leaves ? box_empty : 0;
-    const bool more = ++done < count;
-    if (more) address = locate(unit + done);
-    wait_products<2>();
-    if (more) load_half<0>(next, address);
-    multiply_half<kColumns, 1, T>(first, second, fragments, weights);
-    arrive_if(elected && left != 0, left);  // all of the unit's fragments are in registers by now
-    if (!more) return true;
+    multiply_steps<kColumns, 0, kSteps, T>(first, second, fragments, weights);
+    const bool last = ++unit == end;
+    uint32_t left = 0;  // the box that this unit is the last one to use
+    if (__builtin_expect(last || UnitAddress::is(after, kEnterBox), 0)) {
+      if (UnitAddress::is(here, kReleaseBox)) left = units.empty();
+      if (kSteps == 4) {
+        arrive_if(elected && left != 0, left);
+        if (last) return true;
+      }
+      if (!last) {
+        units.enter(after);
+        address = units.of(after);
+      }
+    }
+    if constexpr (kSteps < 4) {
+      if (!last) load_steps<0, kSteps>(next, address);
+      multiply_steps<kColumns, kSteps, kSteps, T>(first, second, fragments, weights);
+      arrive_if(elected && left != 0, left);  // all of the unit's fragments are in registers by now
+      if (last) return true;
+    }
     const uint32_t open = shared.mate_empty + 8 * ring.index;
     bool ready = true;
     if (kCloses) {
       ring.advance(program.stages);
       ready = is_complete(shared.stage_full + 8 * ring.index, ring.phase);
     }
-    wait_products<2>();
+    load_steps<4 - kSteps, kSteps>(next, address);
     if (kOpens) arrive_cluster_if(tells && previous != 0, previous);
     previous = kCloses ? open : 0;
-    load_half<1>(next, address);
+    here = after;
+    after = units.read(unit + 1);
+    address = units.of(after);
     if (!ready) wait_watched(shared.stage_full + 8 * ring.index, ring.phase);
     return false;
   };

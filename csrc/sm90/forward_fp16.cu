@@ -2,6 +2,6 @@
 
 namespace mkconvlstm::sm90 {
 
-template void launch_forward<__half>(const Forward&, const CUtensorMap&, int, int, cudaStream_t);
+template void launch_forward<__half>(const Forward&, const ForwardMaps&, int, int, cudaStream_t);
 
 }  // namespace mkconvlstm::sm90

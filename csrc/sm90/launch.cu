@@ -9,7 +9,7 @@
 namespace mkconvlstm::sm90 {
 
 template <typename T>
-void launch_forward(const Forward& forward, const CUtensorMap& state, int blocks, int shared_memory,
+void launch_forward(const Forward& forward, const ForwardMaps& maps, int blocks, int shared_memory,
                     cudaStream_t stream);
 template <typename T>
 void launch_resident(const ResidentForward& forward, int blocks, int shared_memory, cudaStream_t stream);
@@ -19,10 +19,10 @@ template <typename T>
 void launch_backward(const Backward& backward, const CUtensorMap (&gates)[2], int blocks, int shared_memory,
                      cudaStream_t stream);
 
-void launch(const Forward& forward, const CUtensorMap& state, DType dtype, int blocks, int shared_memory,
+void launch(const Forward& forward, const ForwardMaps& maps, DType dtype, int blocks, int shared_memory,
             cudaStream_t stream) {
   const auto chosen = dtype == DType::kFloat16 ? launch_forward<__half> : launch_forward<__nv_bfloat16>;
-  chosen(forward, state, blocks, shared_memory, stream);
+  chosen(forward, maps, blocks, shared_memory, stream);
 }
 
 void launch(const Backward& backward, const CUtensorMap (&gates)[2], DType dtype, int blocks, int shared_memory,

@@ -108,7 +108,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t phase) {
       : "memory");
 }
 
-constexpr uint64_t kLongestTile = 20'000'000;  // nanoseconds, hundreds of times what a tile takes
+constexpr uint64_t kLongestTile = 200'000'000;  // nanoseconds, thousands of times what a tile takes, under tools, too
 
 // Traps where the barrier's first phase takes longer than that.
 __device__ __forceinline__ void watch(uint32_t barrier, uint64_t nanoseconds) {
@@ -140,17 +140,46 @@ __device__ __forceinline__ void copy_bulk_to(uint32_t target, const void* source
       : "memory");
 }
 
-__device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map, int column, int row,
+// A box of a tensor; what lies outside of it is zero. at: its first element, the innermost dimension first.
+__device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map, const int (&at)[4],
                                             uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          target),
-      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
       : "memory");
 }
 
+__device__ __forceinline__ void copy_tensor(uint32_t target, const CUtensorMap* map, const int (&at)[5],
+                                            uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(target),
+      "l"(map), "r"(barrier), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+      : "memory");
+}
+
+// And back; what lies outside is left out.
+__device__ __forceinline__ void store_tensor(const CUtensorMap* map, const int (&at)[5], uint32_t source) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+               "r"(source), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until this thread's stores of tensors have left shared memory.
+__device__ __forceinline__ void wait_sources() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Until they are complete.
+__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Ordinary writes that this thread has seen become visible to bulk copies that follow.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// The same, of writes to shared memory alone.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -178,6 +207,14 @@ __device__ __forceinline__ void load_shared(float4& values, uint32_t address) { 
 
 __device__ __forceinline__ void load_shared(float& value, uint32_t address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void load_shared(uint2& values, uint32_t address) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(values.x), "=r"(values.y) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
@@ -233,9 +270,9 @@ __device__ __forceinline__ void store_relaxed(void* address, uint2 values) {
 }
 
 // Stores without a branch, around which the compiler would compute each address anew.
-#define MKCONVLSTM_STORE_IF(there, store, ...)                                                            \
+#define MKCONVLSTM_STORE_IF(there, store, ...)                                                                  \
   asm volatile("{\n.reg .pred there;\nsetp.ne.u32 there, %0, 0;\n@there " store "\n}\n" ::"r"(uint32_t{there}), \
-               __VA_ARGS__                                                                                \
+               __VA_ARGS__                                                                                      \
                : "memory")
 
 __device__ __forceinline__ void store_if(bool there, void* address, uint16_t value) {
@@ -247,13 +284,9 @@ __device__ __forceinline__ void store_if(bool there, void* address, uint2 v) {
 }
 
 // Of what is not read again soon.
-__device__ __forceinline__ void store_last_if(bool there, void* address, uint2 v) {
-  MKCONVLSTM_STORE_IF(there, "st.global.cs.v2.u32 [%1], {%2, %3};", "l"(address), "r"(v.x), "r"(v.y));
-}
-
 __device__ __forceinline__ void store_last_if(bool there, void* address, float4 v) {
-  MKCONVLSTM_STORE_IF(there, "st.global.cs.v4.f32 [%1], {%2, %3, %4, %5};", "l"(address), "f"(v.x), "f"(v.y),
-                      "f"(v.z), "f"(v.w));
+  MKCONVLSTM_STORE_IF(there, "st.global.cs.v4.f32 [%1], {%2, %3, %4, %5};", "l"(address), "f"(v.x), "f"(v.y), "f"(v.z),
+                      "f"(v.w));
 }
 
 #undef MKCONVLSTM_STORE_IF

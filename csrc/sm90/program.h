@@ -1,20 +1,22 @@
 // What a Hopper kernel does for one tile, as data: the plan writes it on the host, the kernels only follow it.
 //
-// A tile is kTileRows neighbouring pixels of the flattened batch times one or two groups of kGroupColumns output
-// columns. The operand, h or dz, is read in boxes of kBoxChannels channels, each with all pixels that any tap of the
-// tile touches. A tap is one position of a kernel: the same rows of a box, moved by dy * width + dx.
+// A tile is kTileRows pixels, see Tiling, times one or two groups of kGroupColumns output columns. The operand, h or
+// dz, is read in boxes of kBoxChannels channels, each with all pixels that any tap of the tile touches. A tap is one
+// position of a kernel: the same rows of a box, moved.
 #pragma once
 
 #include <cstdint>
 
+#include "tiling.h"
+
 namespace mkconvlstm::sm90 {
 
-constexpr int kTileRows = 128;
 constexpr int kGroupColumns = 64;
 constexpr int kBoxChannels = 64;
 constexpr int kGroupWeightBytes = kGroupColumns * kBoxChannels * 2;  // of one tap
 constexpr int kStageBytes = 2 * kGroupWeightBytes;                   // one tap of both groups, or two taps of one
 constexpr int kRowBytes = kBoxChannels * 2;
+constexpr int kBoxAlignment = 8 * kRowBytes;  // the swizzle of shared memory repeats after 8 rows
 
 // Blocks of a cluster: neighbouring tiles of pixels of the same columns, so that weights come from L2 once for both.
 constexpr int kPair = 2;
@@ -40,8 +42,8 @@ enum UnitFlag : uint8_t {
 
 // One tap of one box.
 struct alignas(8) Unit {
-  int16_t rows;  // dy * width + dx
-  uint8_t y, x;  // bits that say whether the neighbour lies inside the image
+  int32_t offset;  // by which it moves rows of a box, in bytes
+  uint8_t y, x;    // bits that say whether the neighbour lies inside the image
   uint8_t box;
   uint8_t flags;
 };
@@ -67,16 +69,20 @@ struct Box {
 
 // What forward and backward have in common.
 struct Program {
-  Unit units[kMaxUnits];
+  Unit units[kMaxUnits + 2];  // two are read ahead
+  Tiling tiling;
   int box_slots;           // boxes that shared memory holds at a time
-  int box_chunks;          // TMA loads that fill a box
-  int chunk_rows;          // of one load
-  int halo;                // rows before and after a tile's own
+  int box_chunks;          // TMA loads that fill a box, side by side
+  int chunk_width;         // columns of one load; it has all lines
   int radius_y, radius_x;  // of the largest kernel
   int stages;              // of the weights' ring
   int stages_per_tile;
 
-  int box_bytes() const { return box_chunks * chunk_rows * kRowBytes; }
+  MKCONVLSTM_IMAGES int chunk_bytes() const { return chunk_width * tiling.box_height() * kRowBytes; }
+  MKCONVLSTM_IMAGES int loaded_bytes() const { return box_chunks * chunk_bytes(); }  // of a box
+  MKCONVLSTM_IMAGES int box_bytes() const {
+    return (loaded_bytes() + kBoxAlignment - 1) / kBoxAlignment * kBoxAlignment;
+  }
 };
 
 struct ForwardProgram : Program {
@@ -111,6 +117,9 @@ struct BackwardProgram : Program {
 // Shared memory: boxes, 8 rows of zeros, the weights' ring, barriers.
 constexpr int kZeroBytes = 8 * kRowBytes;
 constexpr int kBarrierBytes = 8 * (2 * (kMaxStages + kMaxBoxes) + 1);
+// After these, forward: a barrier, what aligns the gates of a tile's group, these.
+constexpr int kGatesBytes = kTileRows * kGroupColumns * 2;
+constexpr int kStagedBytes = 8 + 128 + kGatesBytes;
 // After these, backward: barriers of the batches, what aligns these, batches.
 constexpr int kBatchBarrierBytes = 8 * kSumBatches + 128;
 

@@ -11,20 +11,17 @@ import torch
 
 from .contestants import Compiled, Contestant, builders, hidden_convolutions
 from .machine import environment
+from .precision import Precision
 from .timing import peak_rate, take_turns
 from .workloads import WORKLOADS, Workload
-
-# Largest ||y - y64|| / ||y64|| with which a contestant may be timed; of its output and of the input's gradient.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-TF32_TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured of one contestant on one workload in one dtype."""
+    """What was measured of one contestant on one workload in one precision."""
 
     workload: str
-    dtype: str
+    dtype: str  # a name of PRECISIONS
     contestant: str
     forward_ms: float  # median, no gradients
     training_ms: float  # median, forward + backward, gradients of input and weights
@@ -97,7 +94,7 @@ def covered(intervals: list[tuple[float, float]]) -> float:
 def run(
     names: Iterable[str],
     device: torch.device,
-    dtypes: Iterable[torch.dtype],
+    precisions: Iterable[Precision],
     seconds: float = 10.0,
     with_compile: bool = False,
     progress: Callable[[str], None] = lambda line: None,
@@ -106,7 +103,7 @@ def run(
 
     Args:
         names: keys of ``WORKLOADS``.
-        seconds: time for each workload, dtype and pass, all contestants together.
+        seconds: time for each workload, precision and pass, all contestants together.
         with_compile: also a peer under torch.compile, which takes up to minutes for each workload.
         progress: called with what is done next.
 
@@ -117,18 +114,21 @@ def run(
         RuntimeError: a contestant is too far from float64; nothing wrong is ever timed.
     """
     rates, records, alone = {}, [], {}
-    for dtype in dtypes:
-        progress(f"peak rate, {short(dtype)}")
-        rates[short(dtype)] = peak_rate(device, dtype)
+    precisions = list(precisions)
+    for precision in precisions:
+        progress(f"peak rate, {precision.name}")
+        with precision.in_force():
+            rates[precision.name] = peak_rate(device, precision.dtype)
     for name in names:
-        for dtype in dtypes:
+        for precision in precisions:
             records += run_workload(
-                WORKLOADS[name], device, dtype, rates[short(dtype)], seconds, with_compile, progress
+                WORKLOADS[name], device, precision, rates[precision.name], seconds, with_compile, progress
             )
             if device.type == "cuda":
-                convolutions = hidden_convolutions(WORKLOADS[name], device, dtype)
-                timing = take_turns({"alone": convolutions.forward}, device, seconds / 5)["alone"]
-                alone[f"{name}, {short(dtype)}"] = 1e3 * timing.median / WORKLOADS[name].steps
+                with precision.in_force():
+                    convolutions = hidden_convolutions(WORKLOADS[name], device, precision.dtype)
+                    timing = take_turns({"alone": convolutions.forward}, device, seconds / 5)["alone"]
+                alone[f"{name}, {precision.name}"] = 1e3 * timing.median / WORKLOADS[name].steps
     return {
         **environment(device),
         "peak_tflops": rates,
@@ -140,26 +140,36 @@ def run(
 def run_workload(
     workload: Workload,
     device: torch.device,
-    dtype: torch.dtype,
+    precision: Precision,
     rate: float,
     seconds: float,
     with_compile: bool = False,
     progress: Callable[[str], None] = lambda line: None,
     only: Callable[[str], bool] = lambda contestant: True,
 ) -> list[Record]:
-    """One workload in one dtype; ``rate`` in TFLOP/s is the peak to compare with. Raises as :func:`run`.
+    """One workload in one precision; ``rate`` in TFLOP/s is the peak to compare with. Raises as :func:`run`.
 
     ``only`` says of a contestant whether it takes part.
     """
-    label = f"{workload.name}, {short(dtype)}"
+    with precision.in_force():
+        return _run_workload(workload, device, precision, rate, seconds, with_compile, progress, only)
+
+
+def _run_workload(
+    workload: Workload,
+    device: torch.device,
+    precision: Precision,
+    rate: float,
+    seconds: float,
+    with_compile: bool,
+    progress: Callable[[str], None],
+    only: Callable[[str], bool],
+) -> list[Record]:
+    label, dtype = f"{workload.name}, {precision.name}", precision.dtype
     torch.manual_seed(1)
     x = torch.randn(workload.shape, device=device).to(dtype)
     batch, steps, _, height, width = workload.shape
     dy = torch.randn(batch, steps, workload.hidden_channels, height, width, device=device).to(dtype)
-    tolerance = TOLERANCES[dtype]
-    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-        tolerance = TF32_TOLERANCE
-
     made, setup, errors, peaks, exact = {}, {}, {}, {}, None
     for name, make in builders(workload, device, dtype, with_compile).items():
         if not only(name):
@@ -177,9 +187,10 @@ def run_workload(
             float((got.double() - wanted).norm() / wanted.norm())
             for got, wanted in zip((contestant.forward(), contestant.x.grad), exact, strict=True)
         )
-        if not max(errors[name]) <= tolerance:  # NaN fails
+        if not max(errors[name]) <= precision.tolerance:  # NaN fails
+            most = precision.tolerance
             raise RuntimeError(
-                f"{label}: {name} is {errors[name]} away from float64, at most {tolerance} is right; not timed"
+                f"{label}: {name} is {errors[name]} away from float64, at most {most} is right; not timed"
             )
         made[name], peaks[name] = contestant, peak_bytes(contestant)
 
@@ -192,7 +203,7 @@ def run_workload(
         records.append(
             Record(
                 workload=workload.name,
-                dtype=short(dtype),
+                dtype=precision.name,
                 contestant=name,
                 forward_ms=forward[name].median,
                 training_ms=training[name].median,
@@ -216,7 +227,3 @@ def exact_results(contestant: Contestant) -> tuple[torch.Tensor, torch.Tensor]:
     exact = Contestant(copy.deepcopy(contestant.module).double(), contestant.x.double(), contestant.dy.double())
     exact.train()
     return exact.forward(), exact.x.grad
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ import torch
 
 from . import measure
 from .contestants import BASELINE
+from .precision import Precision
 from .workloads import Workload
 
 BASE = Workload("sweep", 8, 10, 32, 32, 32, {3: 32, 5: 32}, "sweeps")
@@ -29,14 +30,14 @@ def points(base: Workload) -> Iterator[tuple[str, int, Workload]]:
 
 
 def run(
-    device: torch.device, dtype: torch.dtype, seconds: float, progress: Callable[[str], None] = lambda line: None
+    device: torch.device, precision: Precision, seconds: float, progress: Callable[[str], None] = lambda line: None
 ) -> list[dict]:
     """A record for every point and for the usual loop, the best loop and ours; checked against float64 first."""
     gpu = device.type == "cuda"
     records = []
     for axis, value, workload in points(BASE if gpu else BASE_CPU):
         progress(f"sweep: {axis} = {value}")
-        timed = measure.run_workload(workload, device, dtype, 1.0, seconds, only=is_shown)
+        timed = measure.run_workload(workload, device, precision, 1.0, seconds, only=is_shown)
         records += [{"axis": axis, "value": value, **asdict(r)} for r in timed]
     return records
 

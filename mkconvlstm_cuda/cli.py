@@ -33,6 +33,15 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Precision(str, Enum):
+    """What benchmarks compute in, by name: float32 in full precision, or with products rounded to TF32."""
+
+    float32 = "float32"
+    tf32 = "tf32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]  # noqa: UP045
 
 
@@ -205,7 +214,10 @@ def bench(
         list[str] | None, typer.Argument(help="Names; see --list. Default: those for the device.")
     ] = None,
     device: DeviceOption = None,
-    dtype: Annotated[list[DType], typer.Option(help="May be given several times.")] = [DType.float32, DType.bfloat16],  # noqa: B006
+    dtype: Annotated[
+        Optional[list[Precision]],  # noqa: UP045
+        typer.Option(help="May be given several times. Default: float32, on a GPU tf32, and bfloat16."),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="For each workload, dtype and pass, all layers together.")] = 10.0,
     output: Annotated[Path, typer.Option(help="Folder for JSON, Markdown and PNG.")] = Path("bench-results"),
     with_compile: Annotated[
@@ -216,7 +228,7 @@ def bench(
     list_workloads: Annotated[bool, typer.Option("--list", help="Only list the workloads.")] = False,
 ) -> None:
     """Throughput of every available backend against what people write today; checked first, timed by turns."""
-    from .bench import measure, sweeps
+    from .bench import measure, precision, sweeps
     from .bench import report as reports
     from .bench.workloads import WORKLOADS
 
@@ -231,12 +243,14 @@ def bench(
         workloads = [name for name in WORKLOADS if name.startswith("cpu_") == (target.type == "cpu")]
     if unknown := [name for name in workloads if name not in WORKLOADS]:
         raise typer.BadParameter(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    names = [d.value for d in dtype] if dtype else precision.defaults(target)
+    if "tf32" in names and target.type != "cuda":
+        raise typer.BadParameter("tf32 is a precision of GPUs")
+    precisions = [precision.PRECISIONS[name] for name in names]
     with console.status("") as status:
-        results = measure.run(
-            workloads, target, [getattr(torch, d.value) for d in dtype], seconds, with_compile, status.update
-        )
+        results = measure.run(workloads, target, precisions, seconds, with_compile, status.update)
         if with_sweeps:
-            results["sweeps"] = sweeps.run(target, getattr(torch, dtype[-1].value), seconds / 10, status.update)
+            results["sweeps"] = sweeps.run(target, precisions[-1], seconds / 10, status.update)
     table = Table(*reports.COLUMNS)
     for row in reports.rows(results):
         table.add_row(*row)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mkconvlstm_cuda.bench import contestants, machine, measure, report, sanitize, scaling, sweeps
 from mkconvlstm_cuda.bench.peers import BatchedInputLoop, UsualLoop
+from mkconvlstm_cuda.bench.precision import PRECISIONS, defaults
 from mkconvlstm_cuda.bench.timing import take_turns
 from mkconvlstm_cuda.bench.workloads import WORKLOADS, Workload
 from processes import torchrun
@@ -19,6 +20,7 @@ from mkconvlstm_cuda import MKConvLSTM
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Workload("tiny", 2, 3, 4, 6, 5, {3: 4, 5: 4}, "tests")
 CPU = torch.device("cpu")
+FLOAT32 = PRECISIONS["float32"]
 
 
 @pytest.mark.parametrize("peer", [UsualLoop, BatchedInputLoop])
@@ -52,7 +54,7 @@ def test_operations_agree_with_torchs_own_counter(mix):
 
 
 def test_a_workload_with_a_mix_is_checked_and_timed():
-    records = measure.run_workload(replace(TINY, mix="gate"), CPU, torch.float32, 1.0, 0.01)
+    records = measure.run_workload(replace(TINY, mix="gate"), CPU, FLOAT32, 1.0, 0.01)
     assert {"usual loop", "loop, input batched, channels-last", "ours, aten"} <= {r.contestant for r in records}
 
 
@@ -63,17 +65,33 @@ def test_nothing_wrong_is_timed(monkeypatch):
 
     monkeypatch.setattr(contestants, "BatchedInputLoop", Wrong)
     with pytest.raises(RuntimeError, match=r"loop, input batched, channels-last is .* away from float64"):
-        measure.run_workload(TINY, CPU, torch.float32, 1.0, 0.01)
+        measure.run_workload(TINY, CPU, FLOAT32, 1.0, 0.01)
 
 
 def test_a_record_adds_up():
-    records = {r.contestant: r for r in measure.run_workload(TINY, CPU, torch.float32, 2.0, 0.05)}
+    records = {r.contestant: r for r in measure.run_workload(TINY, CPU, FLOAT32, 2.0, 0.05)}
     r = records["ours, aten"]
     assert r.training_tflops == pytest.approx(3 * TINY.forward_flops / r.training_ms / 1e9)
     assert r.share_of_peak == pytest.approx(r.training_tflops / 2.0)
     h = 4 * 2 * 3 * 8 * 30
     assert records["ours, aten, recompute"].kept_mib * 2**20 == pytest.approx(h, abs=512)
     assert records["usual loop"].kept_mib > records["ours, aten"].kept_mib
+
+
+def test_precisions_set_torchs_switches_for_as_long_as_they_are_in_force():
+    def allowed():
+        return [switch.allow_tf32 for switch in (torch.backends.cudnn, torch.backends.cuda.matmul)]
+
+    assert defaults(torch.device("cuda")) == ["float32", "tf32", "bfloat16"]
+    assert "tf32" not in defaults(CPU)
+    before = allowed()
+    for outer in ("float32", "tf32"):
+        with PRECISIONS[outer].in_force():
+            for name, precision in PRECISIONS.items():
+                with precision.in_force():
+                    assert allowed() == [name == "tf32"] * 2
+                assert allowed() == [outer == "tf32"] * 2
+    assert allowed() == before
 
 
 def test_sweeps_change_one_size_at_a_time(monkeypatch, tmp_path):
@@ -90,7 +108,7 @@ def test_sweeps_change_one_size_at_a_time(monkeypatch, tmp_path):
         "AXES",
         {"T, steps": ((1, 2), sweeps.AXES["T, steps"][1]), "B, batch": ((1, 2), sweeps.AXES["B, batch"][1])},
     )
-    records = sweeps.run(CPU, torch.float32, 0.01)
+    records = sweeps.run(CPU, FLOAT32, 0.01)
     assert {(r["axis"], r["value"]) for r in records} == {(a, n) for a in sweeps.AXES for n in (1, 2)}
     assert {r["contestant"] for r in records} >= {"usual loop", "ours, aten"}
     report.plot_sweeps(records, tmp_path / "sweeps.png")

@@ -75,6 +75,7 @@ def test_bench_writes_a_report(tmp_path):
         "bench", "tiny", "--dtype", "float32", "--seconds", "0.1", "--output", str(tmp_path), "--device", "cpu", code=2
     )
     assert "no workload tiny" in output
+    assert "precision of GPUs" in run("bench", "cpu_mnist_57", "--dtype", "tf32", "--device", "cpu", code=2)
     run("bench", "cpu_mnist_57", "--dtype", "float32", "--seconds", "0.1", "--output", str(tmp_path), "--device", "cpu")
     results = json.loads((tmp_path / "cpu.json").read_text())
     assert {r["contestant"] for r in results["records"]} >= {"usual loop", "ours, aten", "ours, aten, recompute"}

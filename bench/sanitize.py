@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from .. import dispatch, fuzz
+from .. import dispatch, fuzz, sm90
 from ..fuzz_problems import Kernel, Problem
 from .machine import kernels_hash
 
@@ -40,6 +40,7 @@ KERNELS = (
 TWO = (Kernel(3, 3, 9), Kernel(5, 5, 8))
 EVEN = (Kernel(3, 3, 9), Kernel(5, 5, 7))
 SMALL = Problem(dtype="bfloat16", batch=2, steps=3, channels=3, height=6, width=5, kernels=TWO, state=True)
+PATCHES = replace(SMALL, batch=1, height=16, width=48, kernels=(Kernel(3, 3, 40), Kernel(5, 5, 56)))
 PROBLEMS = (
     SMALL,
     replace(SMALL, dtype="float16", kernels=(Kernel(3, 3, 8),), recompute=True),
@@ -51,6 +52,11 @@ PROBLEMS = (
     replace(SMALL, dtype="float32", kernels=(Kernel(1, 3, 17), Kernel(3, 1, 3), Kernel(7, 7, 2))),
     replace(SMALL, dtype="float64", peephole="channel", lengths=(2, 1)),
     replace(SMALL, gradients=False),
+    # Hopper's streamed kernels: tiles that are patches, with neighbours; a tile without pixels, and tiles that go to
+    # other blocks at each step; no gates to keep.
+    PATCHES,
+    replace(PATCHES, kernels=(Kernel(3, 3, 8),), height=104, width=176, steps=2),
+    replace(PATCHES, gradients=False),
 )
 
 
@@ -100,6 +106,7 @@ class Verdict:
 
 def run_problems(tool: Tool) -> None:
     """Forward and backward of a tool's problems on every backend; this is what it looks at."""
+    sm90.fills = lambda *_: True  # Hopper's kernels wherever they serve, not only where they are the fastest
     device, served = torch.device("cuda"), 0
     for backend in fuzz.served_backends():
         for p in tool.problems:

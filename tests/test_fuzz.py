@@ -1,13 +1,15 @@
 """``mkconvlstm check --fuzz``: it passes here, and it finds what is wrong."""
 
+import contextlib
 import random
 from dataclasses import replace
 
 import pytest
 import torch
+from mkconvlstm_cuda.bench import sanitize
 from test_cli import run, wide  # noqa: F401  wide: a fixture
 
-from mkconvlstm_cuda import aten, cli, compiled, dispatch, fuzz, library
+from mkconvlstm_cuda import _C, aten, cli, compiled, dispatch, fuzz, library
 from mkconvlstm_cuda.fuzz_problems import Kernel, Problem, draw_call, draw_structure, draw_variant, simpler
 from mkconvlstm_cuda.guards import guarded
 
@@ -39,6 +41,49 @@ def drawn(count):
         structure = draw_structure(random.Random(f"s{n}"), DTYPES)
         variant = draw_variant(random.Random(f"v{n}"), structure, 10**7)
         yield draw_call(random.Random(f"c{n}"), variant, 10**7)
+
+
+def hopper_plans(problems):
+    """What Hopper's streamed kernels would do forward and backward, of the problems that they serve."""
+    for p in problems:
+        plain = p.peephole is None and p.mix is None and p.hidden_kernels is None and p.norm is None
+        if not plain or not p.dtype.endswith("float16") or any(k.bottleneck or k.dilation > 1 for k in p.kernels):
+            continue
+        branches = [(k.height, k.width, k.channels) for k in p.kernels]
+        with contextlib.suppress(ValueError):
+            sizes = {"batch": p.batch, "height": p.height, "width": p.width, "branches": branches}
+            yield p, _C.plan_forward(**sizes), _C.plan_backward(**sizes)
+
+
+def test_a_gpus_problems_reach_hoppers_kernels():
+    variants = []
+    for n in range(100):
+        structure = draw_structure(random.Random(f"0/{n}"), DTYPES)
+        variants += [
+            draw_variant(random.Random(f"0/{n}/{v}"), structure, fuzz.MOST_MULTIPLICATIONS["cuda"]) for v in range(5)
+        ]
+    served = list(hopper_plans(variants))
+    assert len(served) > 40
+    for kind in range(2):
+        plans = [plans[kind] for _, *plans in served]
+        assert sum(plan.patch != (1, 128) for plan in plans) > 5
+        assert sum(plan.tiling.tiles > 8 for plan in plans) > 5
+        assert sum(plan.tiling.tiles % 2 for plan in plans) > 5
+        assert any(plan.period % (plan.blocks // 2) for plan in plans)
+        assert {1, 2} <= {min(2, plan.box_slots) for plan in plans}
+    assert any(not p.gradients for p, *_ in served)
+    full = [p.batch * p.height * p.width // 128 * -(-sum(k.channels for k in p.kernels) // 16) for p, *_ in served]
+    assert sum(tiles >= 132 for tiles in full) > 3  # where "cuda" takes them backward, too
+
+
+def test_sanitizers_look_at_all_that_hoppers_kernels_do():
+    served = list(hopper_plans(sanitize.PROBLEMS))
+    for kind in range(2):
+        plans = [plans[kind] for _, *plans in served]
+        assert {plan.patch == (1, 128) for plan in plans} == {True, False}
+        assert any(plan.patch != (1, 128) and plan.tiling.tiles % 2 for plan in plans)
+        assert any(plan.period % (plan.blocks // 2) for plan in plans)
+    assert {p.gradients for p, forward, _ in served if forward.tiling.tiles > 2} == {True, False}
 
 
 def test_problems_are_repeatable_and_as_wide_as_promised():

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import classifier_cli, experiment_cli
+from .bench.precision import PRECISIONS, defaults
 
 app = typer.Typer(help="Multi-kernel convolutional LSTM for PyTorch.", no_args_is_help=True, add_completion=False)
 app.add_typer(classifier_cli.app)
@@ -33,13 +34,7 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
-class Precision(str, Enum):
-    """What benchmarks compute in, by name: float32 in full precision, or with products rounded to TF32."""
-
-    float32 = "float32"
-    tf32 = "tf32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
+Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
 
 
 DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]  # noqa: UP045
@@ -228,7 +223,7 @@ def bench(
     list_workloads: Annotated[bool, typer.Option("--list", help="Only list the workloads.")] = False,
 ) -> None:
     """Throughput of every available backend against what people write today; checked first, timed by turns."""
-    from .bench import measure, precision, sweeps
+    from .bench import measure, sweeps
     from .bench import report as reports
     from .bench.workloads import WORKLOADS
 
@@ -243,10 +238,9 @@ def bench(
         workloads = [name for name in WORKLOADS if name.startswith("cpu_") == (target.type == "cpu")]
     if unknown := [name for name in workloads if name not in WORKLOADS]:
         raise typer.BadParameter(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
-    names = [d.value for d in dtype] if dtype else precision.defaults(target)
-    if "tf32" in names and target.type != "cuda":
+    precisions = [PRECISIONS[name] for name in ([d.value for d in dtype] if dtype else defaults(target))]
+    if target.type != "cuda" and any(p.tf32 for p in precisions):
         raise typer.BadParameter("tf32 is a precision of GPUs")
-    precisions = [precision.PRECISIONS[name] for name in names]
     with console.status("") as status:
         results = measure.run(workloads, target, precisions, seconds, with_compile, status.update)
         if with_sweeps:

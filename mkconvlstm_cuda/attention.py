@@ -23,7 +23,7 @@ class FlowAttention:
         branches: kernel sizes of the branches that get a mask; None for all.
         mask_channels: "input" for as many channels as the layer's input has (Fig. 14), or 1 for one mask for all.
         network: a module [N, flow_channels, H, W] -> [N, masks * mask_channels, H, W], the masks in the order of the
-            branches; None for one convolution. It is copied, so that every direction has its own.
+            branches; None for one convolution. It is copied as it is, so that every direction has its own.
         kernel_size: of that one convolution.
     """
 
@@ -69,7 +69,8 @@ class FlowMasks(nn.Module):
         self.masked = [size in wanted for size in kernel_sizes]
         self.mask_channels = in_channels if attention.mask_channels == "input" else 1
         self.flow_channels = attention.flow_channels
-        if attention.network is None:
+        self.is_ours = attention.network is None
+        if self.is_ours:
             outputs = sum(self.masked) * self.mask_channels
             size = attention.kernel_size
             self.network = nn.Conv2d(self.flow_channels, outputs, size, padding=size // 2, **factory)

@@ -82,9 +82,13 @@ class MKConvLSTMCell(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Convolutions as ``nn.Conv2d`` starts them; bias and peepholes 0, the forget gate's bias ``forget_bias``."""
+        """Convolutions as ``nn.Conv2d`` starts them; bias and peepholes 0, the forget gate's bias ``forget_bias``.
+
+        A network that was given for flow masks stays as it is.
+        """
+        given = [] if self.attention is None or self.attention.is_ours else list(self.attention.modules())
         for m in self.modules():
-            if m is not self and hasattr(m, "reset_parameters"):
+            if m is not self and m not in given and hasattr(m, "reset_parameters"):
                 m.reset_parameters()
         with torch.no_grad():
             if self.bias is not None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .attention import FlowAttention
 from .cell import MKConvLSTMCell
+from .dispatch import check_name
 from .functional import State, check_state, check_tensor
 from .transition import Kernels
 
@@ -111,6 +112,22 @@ class MKConvLSTM(nn.Module):
         return self.cells[0].hidden_channels
 
     @property
+    def backend(self) -> str:
+        """ "auto", or the backend that is to serve; setting it sets that of all cells."""
+        return self.cells[0].backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        check_name(name)
+        for cell in self.cells:
+            cell.backend = name
+
+    def reset_parameters(self) -> None:
+        """New parameters for all layers: see :meth:`MKConvLSTMCell.reset_parameters`."""
+        for cell in self.cells:
+            cell.reset_parameters()
+
+    @property
     def last_backend(self) -> str | None:
         """What served the last call, or None before the first; several names where the layers differed.
 
@@ -179,7 +196,9 @@ class MKConvLSTM(nn.Module):
         return x if self.batch_first else x.transpose(0, 1).contiguous(), (h_n, c_n)
 
     def step(self, x_t: Tensor, state: State | None = None, flow: Tensor | None = None) -> tuple[Tensor, State]:
-        """One frame of a stream; T calls give what :meth:`forward` gives for T frames.
+        """One frame of a stream; T calls give what :meth:`forward` gives for T frames, in eval mode.
+
+        In training, batch norm of the input takes its statistics from this frame alone.
 
         Every call lays the weights out channels-last; ``layer.to(memory_format=torch.channels_last)`` does it once.
 

@@ -143,17 +143,7 @@ class BranchModule(nn.Module):
         return normalise(F.conv2d(x, w.weight, padding=w.padding, dilation=w.dilation), self.norm)
 
     def weights(self) -> BranchWeights:
-        """The branch as plain tensors, batch norms in eval mode folded into them.
-
-        Raises:
-            RuntimeError: a convolution has hooks, which would never run.
-        """
-        for conv in (self.conv, self.bottleneck):
-            if conv is not None and (conv._forward_pre_hooks or conv._forward_hooks):
-                raise RuntimeError(
-                    "a convolution of this layer has forward hooks (pruning, old weight_norm or spectral_norm?), which "
-                    "never run: its weights are used directly; torch.nn.utils.parametrizations work"
-                )
+        """The branch as plain tensors, batch norms in eval mode folded into them."""
         weight, bias = fold(self.conv.weight, self.norm)
         narrow = (None, None) if self.bottleneck is None else fold(self.bottleneck.weight, self.bottleneck_norm)
         return BranchWeights(weight, bias, *narrow, dilation=self.conv.dilation)
@@ -242,8 +232,23 @@ class Transition(nn.Module):
             raise ValueError("norm: got batch norm in training on some rows of the images, wanted eval mode")
         return self.halo(self.compute, self.reach, x, *masks)
 
+    def check_hooks(self) -> None:
+        """No convolution has forward hooks, which would never run: pruning's and old weight_norm's make its weight.
+
+        Raises:
+            RuntimeError: one has.
+        """
+        convolutions = [c for b in self.branches for c in (b.conv, b.bottleneck)]
+        for conv in (*convolutions, self.mix):
+            if conv is not None and (conv._forward_pre_hooks or conv._forward_hooks):
+                raise RuntimeError(
+                    "a convolution of this layer has forward hooks (pruning, old weight_norm or spectral_norm?), which "
+                    "never run: its weights are used directly; torch.nn.utils.parametrizations work"
+                )
+
     def compute(self, x: Tensor, *masks: Tensor | None, update_statistics: bool = True) -> Tensor:
         """:meth:`forward` on all rows that there are here."""
+        self.check_hooks()
         frozen = (
             [] if update_statistics else [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         )
@@ -273,6 +278,11 @@ class Transition(nn.Module):
         return " and ".join(parts) or None
 
     def weights(self) -> TransitionWeights:
-        """The transition as plain tensors, differentiable to the parameters; only without :attr:`live_parts`."""
+        """The transition as plain tensors, differentiable to the parameters; only without :attr:`live_parts`.
+
+        Raises:
+            RuntimeError: as :meth:`check_hooks`.
+        """
+        self.check_hooks()
         mix = None if self.mix is None else self.mix.weight
         return TransitionWeights(tuple(b.weights() for b in self.branches), mix, mix_tanh=self.mix_tanh)

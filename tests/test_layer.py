@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from problems import PROBLEMS, Problem, assert_close
+from torch.nn.utils import prune
 
 from mkconvlstm_cuda import FlowAttention, MKConvLSTM, MKConvLSTMCell, functional
 
@@ -335,3 +336,40 @@ def test_training_reduces_a_loss(backend):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.35 * losses[0]
+
+
+def test_a_given_network_for_masks_stays_as_it_is():
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 1, 1))
+    layer = MKConvLSTM(3, {3: 2}, attention=FlowAttention(network=network, mask_channels=1), bidirectional=True)
+    for _ in range(2):
+        for cell in layer.cells:
+            for ours, given in zip(cell.attention.network.parameters(), network.parameters(), strict=True):
+                assert torch.equal(ours, given)
+                assert ours is not given
+        before = layer.cells[0].hidden_transition.branches[0].conv.weight.clone()
+        layer.reset_parameters()
+        assert not torch.equal(layer.cells[0].hidden_transition.branches[0].conv.weight, before)
+
+
+def test_backend_can_be_set_later():
+    layer = MKConvLSTM(3, {3: 2}, num_layers=2)
+    assert layer.backend == "auto"
+    layer.backend = "reference"
+    layer(torch.randn(1, 2, 3, 4, 4))
+    assert layer.last_backend == "reference"
+    with pytest.raises(ValueError, match="backend: got 'gpu'"):
+        layer.backend = "gpu"
+
+
+@pytest.mark.parametrize("options", [{}, {"mix": "full"}, {"norm": "group"}, {"norm": "batch"}], ids=str)
+@pytest.mark.parametrize("which", ["input_transition", "hidden_transition"])
+def test_hooks_that_would_never_run_are_refused(which, options):
+    layer = MKConvLSTM(3, {3: 2, 5: 3}, **options)
+    transition = getattr(layer.cells[0], which)
+    pruned = transition.mix if "mix" in options else transition.branches[1].conv
+    prune.l1_unstructured(pruned, "weight", amount=0.5)
+    x = torch.randn(1, 2, 3, 4, 4)
+    with pytest.raises(RuntimeError, match="has forward hooks"):
+        layer(x)
+    prune.remove(pruned, "weight")
+    layer(x)

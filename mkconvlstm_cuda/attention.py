@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .arguments import as_pair, is_integer
 from .halo import Halo
 
 
@@ -34,7 +35,7 @@ class FlowAttention:
     kernel_size: int = 3
 
     def __post_init__(self):
-        if not isinstance(self.flow_channels, int) or self.flow_channels < 1:
+        if not is_integer(self.flow_channels, 1):
             raise ValueError(f"flow_channels: got {self.flow_channels!r}, wanted an int of at least 1")
         if self.branches is not None and (not isinstance(self.branches, (tuple, list)) or not self.branches):
             raise ValueError(
@@ -42,7 +43,7 @@ class FlowAttention:
             )
         if self.mask_channels not in ("input", 1):
             raise ValueError(f"mask_channels: got {self.mask_channels!r}, wanted 'input' or 1")
-        if not isinstance(self.kernel_size, int) or self.kernel_size < 1 or self.kernel_size % 2 == 0:
+        if not is_integer(self.kernel_size, 1) or self.kernel_size % 2 == 0:
             raise ValueError(f"attention kernel_size: got {self.kernel_size!r}, wanted an odd size of at least 1")
         if self.network is not None and not isinstance(self.network, nn.Module):
             raise TypeError(f"network: got {type(self.network).__name__}, wanted a torch.nn.Module or None")
@@ -93,15 +94,3 @@ class FlowMasks(nn.Module):
             raise ValueError(f"attention.network: got output shape {list(logits.shape)}, wanted {list(shape)}")
         masks = iter(torch.sigmoid(logits).split(self.mask_channels, dim=1))
         return [next(masks) if masked else None for masked in self.masked]
-
-
-def as_pair(size: int | Sequence[int], name: str = "kernel size") -> tuple[int, int]:
-    """(kh, kw) of an int or a pair of ints; ``name`` is for the error.
-
-    Raises:
-        TypeError: it is neither.
-    """
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(k, int) for k in pair):
-        raise TypeError(f"{name}: got {size!r}, wanted an int or a pair of ints")
-    return pair

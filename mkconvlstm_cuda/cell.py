@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .arguments import check_flag, is_integer
 from .attention import FlowAttention, FlowMasks
 from .autograd import no_autocast
 from .convolution import time_major
@@ -41,24 +44,26 @@ class MKConvLSTMCell(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if not isinstance(in_channels, int) or in_channels < 1:
+        if not is_integer(in_channels, 1):
             raise ValueError(f"in_channels: got {in_channels!r}, wanted an int of at least 1")
         if peephole not in (None, "channel", "pixel"):
             raise ValueError(f"peephole: got {peephole!r}, wanted None, 'channel' or 'pixel'")
         if output_peephole not in functional.OUTPUT_PEEPHOLES:
             raise ValueError(f"output_peephole: got {output_peephole!r}, wanted 'previous' or 'current'")
-        if peephole == "pixel" and not is_image_size(image_size):
-            raise ValueError(f"image_size: got {image_size!r}, wanted (H, W), which peephole='pixel' needs")
+        if image_size is not None and not is_image_size(image_size):
+            raise ValueError(f"image_size: got {image_size!r}, wanted (H, W) or None")
+        if peephole == "pixel" and image_size is None:
+            raise ValueError("image_size: got None, wanted (H, W), which peephole='pixel' needs")
         if attention is not None and not isinstance(attention, FlowAttention):
             raise TypeError(f"attention: got {type(attention).__name__}, wanted a FlowAttention or None")
-        if not isinstance(forget_bias, (int, float)):
-            raise TypeError(f"forget_bias: got {forget_bias!r}, wanted a number")
+        if not isinstance(forget_bias, (int, float)) or not math.isfinite(forget_bias):
+            raise TypeError(f"forget_bias: got {forget_bias!r}, wanted a finite number")
         if dtype is not None:
             functional.check_dtype("dtype", dtype)
         factory = {"device": device, "dtype": dtype}
         branches = parse_branches("kernels", kernels)
         hidden_branches = branches if hidden_kernels is None else parse_branches("hidden_kernels", hidden_kernels)
-        self.in_channels, self.hidden_channels = in_channels, sum(b.channels for b in branches)
+        self.in_channels, self.hidden_channels = int(in_channels), sum(b.channels for b in branches)
         if (got := sum(b.channels for b in hidden_branches)) != self.hidden_channels:
             raise ValueError(
                 f"hidden_kernels: got {got} channels in all, wanted those of kernels, {self.hidden_channels}"
@@ -67,16 +72,16 @@ class MKConvLSTMCell(nn.Module):
         self.backend = check_name(backend)
         self.last_backend: str | None = None
         outputs = 4 * self.hidden_channels
-        if gate_norm is not None and (not isinstance(gate_norm, int) or gate_norm < 1 or outputs % gate_norm):
+        if gate_norm is not None and (not is_integer(gate_norm, 1) or outputs % gate_norm):
             raise ValueError(f"gate_norm: got {gate_norm!r}, wanted a number of groups that divides 4F={outputs}")
         transition = (mix, mix_activation, norm, image_size)
-        self.input_transition = Transition(in_channels, branches, *transition, **factory)
+        self.input_transition = Transition(self.in_channels, branches, *transition, **factory)
         self.hidden_transition = Transition(self.hidden_channels, hidden_branches, *transition, **factory)
-        self.gate_norm = None if gate_norm is None else nn.GroupNorm(gate_norm, outputs, **factory)
+        self.gate_norm = None if gate_norm is None else nn.GroupNorm(int(gate_norm), outputs, **factory)
         self.attention = None
         if attention is not None:
-            self.attention = FlowMasks(attention, self.input_transition.kernel_sizes, in_channels, **factory)
-        self.bias = nn.Parameter(torch.empty(outputs, **factory)) if bias else None
+            self.attention = FlowMasks(attention, self.input_transition.kernel_sizes, self.in_channels, **factory)
+        self.bias = nn.Parameter(torch.empty(outputs, **factory)) if check_flag("bias", bias) else None
         size = image_size if peephole == "pixel" else (1, 1)
         self.peephole = nn.Parameter(torch.empty(3, self.hidden_channels, *size, **factory)) if peephole else None
         self.reset_parameters()

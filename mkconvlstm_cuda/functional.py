@@ -247,8 +247,9 @@ def check_same_kind(name: str, t: Tensor, other_name: str, other: Tensor | None)
 
 def check_weights(name: str, weights: Sequence[Tensor], channels: int) -> None:
     """A non-empty list of [4*F_r, ``channels``, K_r, K_r] with odd kernel sizes."""
-    if isinstance(weights, Tensor) or not isinstance(weights, Sequence) or not weights:
-        raise TypeError(f"{name}: got {type(weights).__name__}, wanted a non-empty list of tensors, one a branch")
+    if not isinstance(weights, (Sequence, torch.nn.ParameterList)) or not len(weights):
+        got = "an empty list" if isinstance(weights, Sequence) else type(weights).__name__
+        raise TypeError(f"{name}: got {got}, wanted a list of tensors, one a branch")
     for r, w in enumerate(weights):
         check_tensor(f"{name}[{r}]", w, ("4*F_r", "C", "K_r", "K_r"), {"C": channels})
         if w.shape[0] % 4 or not w.shape[0]:
@@ -291,5 +292,5 @@ def check_state(
         if t.device != x.device:
             raise ValueError(f"{name}: got device {t.device}, wanted the input's {x.device}")
         if t.dtype not in (allowed := {dtype, accumulate_dtype(dtype), x.dtype}):
-            raise TypeError(f"{name}: got dtype {t.dtype}, wanted one of {sorted(map(str, allowed))}")
+            raise TypeError(f"{name}: got dtype {t.dtype}, wanted {' or '.join(sorted(map(str, allowed)))}")
     return state[0].to(dtype), state[1].to(accumulate_dtype(dtype))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arguments import check_flag, is_integer
 from .attention import FlowAttention
 from .cell import MKConvLSTMCell
 from .dispatch import check_name
@@ -74,15 +77,18 @@ class MKConvLSTM(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if not isinstance(num_layers, int) or num_layers < 1:
+        if not is_integer(num_layers, 1):
             raise ValueError(f"num_layers: got {num_layers!r}, wanted an int of at least 1")
         if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout: got {dropout!r}, wanted a probability in [0, 1]")
-        self.in_channels, self.num_layers, self.directions = in_channels, num_layers, 2 if bidirectional else 1
-        self.bidirectional, self.dropout = bidirectional, dropout
-        self.batch_first, self.recompute = batch_first, recompute
+        if dropout and num_layers == 1:
+            warnings.warn(f"dropout: got {dropout!r} with one layer; it acts between layers alone", stacklevel=2)
+        self.num_layers = int(num_layers)
+        self.bidirectional = check_flag("bidirectional", bidirectional)
+        self.directions, self.dropout = 2 if bidirectional else 1, dropout
+        self.batch_first, self.recompute = check_flag("batch_first", batch_first), check_flag("recompute", recompute)
         cells = []
-        for layer in range(num_layers):
+        for layer in range(self.num_layers):
             for _ in range(self.directions):
                 cells.append(
                     MKConvLSTMCell(
@@ -105,6 +111,7 @@ class MKConvLSTM(nn.Module):
                     )
                 )
         self.cells = nn.ModuleList(cells)
+        self.in_channels = self.cells[0].in_channels
 
     @property
     def hidden_channels(self) -> int:
@@ -141,7 +148,7 @@ class MKConvLSTM(nn.Module):
         x: Tensor,
         state: State | None = None,
         flow: Tensor | None = None,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor, State]:
         """A whole sequence.
 
@@ -149,9 +156,9 @@ class MKConvLSTM(nn.Module):
             x: [B, T, C, H, W] ([T, B, C, H, W] without ``batch_first``), in the parameters' dtype or under autocast.
             state: (h_0, c_0), each [num_layers * directions, B, F, H, W]; None for zeros.
             flow: [B, T, flow_channels, H, W] (laid out as x), with flow attention.
-            lengths: [B] integers in 1..T: steps of each sequence that count. Later outputs are zero, (h_n, c_n) are
-                the states after each sequence's last step, and the backward direction starts there. Only batch norm
-                in training sees what lies beyond: zeros count in its statistics.
+            lengths: [B] integers in 1..T, a tensor, a list or NumPy's: steps of each sequence that count. Later outputs
+                are zero, (h_n, c_n) are the states after each sequence's last step, and the backward direction starts
+                there. Only batch norm in training sees what lies beyond: zeros count in its statistics.
 
         Returns:
             output [B, T, directions * F, H, W] (laid out as x), contiguous, and (h_n, c_n), each
@@ -228,8 +235,10 @@ class MKConvLSTM(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
 
 
-def check_lengths(lengths: Tensor | None, batch: int, steps: int, device: torch.device) -> Tensor | None:
-    """``lengths`` as int64 [B] on ``device``; accepts a tensor or a list of ints.
+def check_lengths(
+    lengths: Tensor | Sequence[int] | None, batch: int, steps: int, device: torch.device
+) -> Tensor | None:
+    """``lengths`` as int64 [B] on ``device``; accepts a tensor, a list of ints or NumPy's array.
 
     Raises:
         TypeError: it is neither, or not of integers.
@@ -237,7 +246,7 @@ def check_lengths(lengths: Tensor | None, batch: int, steps: int, device: torch.
     """
     if lengths is None:
         return None
-    if not isinstance(lengths, (Tensor, list, tuple)):
+    if not isinstance(lengths, (Tensor, list, tuple)) and not hasattr(lengths, "__array__"):
         raise TypeError(f"lengths: got {type(lengths).__name__}, wanted a tensor or list of {batch} integers")
     try:
         lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)

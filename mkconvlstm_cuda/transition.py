@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import as_pair
+from .arguments import as_pair, check_flag, is_integer
 from .convolution import BranchWeights, TransitionWeights
 from .functional import check_kernel_size
 from .halo import Halo
@@ -41,8 +41,10 @@ class Branch:
         check_kernel_size("kernels", as_pair(self.kernel_size, "kernels: kernel size"))
         for name in ("channels", "bottleneck"):
             value = getattr(self, name)
-            if (name == "channels" or value is not None) and (not isinstance(value, int) or value < 1):
+            if (name == "channels" or value is not None) and not is_integer(value, 1):
                 raise ValueError(f"kernels: got {name} {value!r}, wanted an int of at least 1")
+            object.__setattr__(self, name, None if value is None else int(value))
+        check_flag("kernels: pool", self.pool)
         if any(d < 1 for d in as_pair(self.dilation, "kernels: dilation")):
             raise ValueError(f"kernels: got dilation {self.dilation!r}, wanted at least 1")
 
@@ -73,7 +75,7 @@ def parse_branches(name: str, kernels: Kernels) -> tuple[Branch, ...]:
 
 def is_image_size(size) -> bool:
     """Whether ``size`` is (H, W)."""
-    return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    return isinstance(size, (tuple, list)) and len(size) == 2 and all(is_integer(n, 1) for n in size)
 
 
 def inception_branches(channels: int, bottleneck: int | None = None) -> list[Branch]:
@@ -85,7 +87,7 @@ def inception_branches(channels: int, bottleneck: int | None = None) -> list[Bra
 
     Use it with ``norm="batch"``, as the paper does.
     """
-    if not isinstance(channels, int) or channels < 4:
+    if not is_integer(channels, 4):
         raise ValueError(f"channels: got {channels!r}, wanted an int of at least 4, one a branch")
     shares = [channels // 4 + (r < channels % 4) for r in range(4)]
     narrow = bottleneck or channels // 4

@@ -50,6 +50,16 @@ CONSTRUCTION = {
     "negative kernel": (ValueError, "kernels: got kernel size -3x-3", (4, {-3: 2}), {}),
     "a list of mixed kinds": (TypeError, r"kernels: got \[Branch\(.*, 3\], wanted", (4, [Branch(3, 2), 3]), {}),
     "channels a float": (ValueError, "kernels: got channels 2.5", (4, {3: 2.5}), {}),
+    "in_channels a bool": (ValueError, "in_channels: got True", (True, {3: 2}), {}),
+    "kernel size a bool": (TypeError, "kernel size: got True", (4, {True: 2}), {}),
+    "num_layers a bool": (ValueError, "num_layers: got True", (4, {3: 5}), {"num_layers": True}),
+    "gate_norm a bool": (ValueError, "gate_norm: got True", (4, {3: 5}), {"gate_norm": True}),
+    "bidirectional a string": (TypeError, "bidirectional: got 'no', wanted True or False", (4, {3: 5}), {"bidirectional": "no"}),
+    "bias an int": (TypeError, "bias: got 1, wanted True or False", (4, {3: 5}), {"bias": 1}),
+    "batch_first None": (TypeError, "batch_first: got None", (4, {3: 5}), {"batch_first": None}),
+    "recompute a string": (TypeError, "recompute: got 'yes'", (4, {3: 5}), {"recompute": "yes"}),
+    "forget_bias NaN": (TypeError, "forget_bias: got nan", (4, {3: 5}), {"forget_bias": float("nan")}),
+    "image_size for nothing": (ValueError, "image_size: got 'large'", (4, {3: 5}), {"image_size": "large"}),
     "dropout NaN": (ValueError, "dropout: got nan", (4, {3: 5}), {"dropout": float("nan")}),
 }  # fmt: skip
 
@@ -193,7 +203,7 @@ def test_attention_network_of_wrong_size():
 
 W_X, W_H = torch.randn(20, 4, 3, 3), torch.randn(20, 5, 3, 3)
 FUNCTIONAL = {
-    "no weights": (TypeError, "input_weights: got list, wanted a non-empty list", (X, [], [W_H]), {}),
+    "no weights": (TypeError, "input_weights: got an empty list, wanted a list", (X, [], [W_H]), {}),
     "a tensor": (TypeError, "input_weights: got Tensor", (X, W_X, [W_H]), {}),
     "input channels": (ValueError, r"input_weights\[0\]: got shape", (X, [W_X[:, :3]], [W_H]), {}),
     "hidden channels": (ValueError, r"hidden_weights\[0\]: got shape .*C=5", (X, [W_X], [W_H[:, :4]]), {}),

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 from problems import PROBLEMS, Problem, assert_close
@@ -373,3 +374,18 @@ def test_hooks_that_would_never_run_are_refused(which, options):
         layer(x)
     prune.remove(pruned, "weight")
     layer(x)
+
+
+def test_integers_of_numpy_are_integers():
+    n = numpy.int64
+    layer = MKConvLSTM(n(3), {n(3): n(2), (n(1), n(5)): n(3)}, num_layers=n(2), gate_norm=n(4))
+    layer.load_state_dict(MKConvLSTM(3, {3: 2, (1, 5): 3}, num_layers=2, gate_norm=4).state_dict())
+    lengths = numpy.array([2, 3])
+    output, _ = layer(torch.randn(2, 3, 3, 4, 4), lengths=lengths)
+    assert (output[0, 2] == 0).all()
+    assert repr(layer.cells[0].input_transition.branches[0].conv).startswith("Conv2d(3, 8, kernel_size=(3, 3)")
+
+
+def test_dropout_of_one_layer_is_said_to_do_nothing():
+    with pytest.warns(UserWarning, match="dropout: got 0.5 with one layer"):
+        MKConvLSTM(3, {3: 2}, dropout=0.5)

@@ -40,7 +40,7 @@ def mkconvlstm(
         hidden_weights: one [4*F_r, F, K_r, K_r] a branch, F the sum of all F_r; its branches and kernel sizes may
             differ from the input's.
         bias: [4F], gate-major, or None.
-        peephole: [3, F, 1, 1] or [3, F, H, W], the rows w_ci, w_cf, w_co, or None.
+        peephole: [3, F, 1, 1] or [3, F, H, W], the rows w_ci, w_cf, w_co, or None; float32 or x's dtype.
         output_peephole: "previous": o sees c_{t-1} (eq. 8); "current": o sees c_t (Shi et al. 2015).
         state: (h_0, c_0), each [B, F, H, W]; None for zeros. c may be float32 where x has a half type.
         backend: "auto" or a name in ``mkconvlstm_cuda.backends()``.
@@ -276,6 +276,8 @@ def check_peephole(peephole: Tensor | None, output_peephole: str, hidden_channel
         )
     if peephole.device != x.device:
         raise ValueError(f"peephole: got device {peephole.device}, wanted the input's {x.device}")
+    if peephole.dtype not in (allowed := {x.dtype, accumulate_dtype(x.dtype)}) and not autocast_enabled(x.device):
+        raise TypeError(f"peephole: got dtype {peephole.dtype}, wanted {' or '.join(sorted(map(str, allowed)))}")
 
 
 def check_state(

@@ -231,6 +231,12 @@ FUNCTIONAL = {
         (X, [W_X], [W_H]),
         {"peephole": torch.ones(3, 5, 1, 1, device="meta")},
     ),
+    "peephole dtype": (
+        TypeError,
+        "peephole: got dtype torch.float64, wanted torch.float32",
+        (X, [W_X], [W_H]),
+        {"peephole": torch.ones(3, 5, 1, 1).double()},
+    ),
     "bias a list": (TypeError, "bias: got list", (X, [W_X], [W_H], [1.0] * 20), {}),
     "no kernel": (ValueError, r"input_weights\[0\]: got kernel size 0x3", (X, [W_X[:, :, :0]], [W_H]), {}),
     "integer weights": (TypeError, r"input_weights\[0\]: got dtype torch.int64", (X, [W_X.long()], [W_H]), {}),

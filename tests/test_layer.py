@@ -389,3 +389,9 @@ def test_integers_of_numpy_are_integers():
 def test_dropout_of_one_layer_is_said_to_do_nothing():
     with pytest.warns(UserWarning, match="dropout: got 0.5 with one layer"):
         MKConvLSTM(3, {3: 2}, dropout=0.5)
+
+
+def test_weights_may_be_a_parameter_list():
+    w_x, w_h = (torch.nn.ParameterList([torch.randn(8, n, 3, 3)]) for n in (3, 2))
+    x = torch.randn(1, 2, 3, 4, 4)
+    assert torch.equal(functional.mkconvlstm(x, w_x, w_h)[0], functional.mkconvlstm(x, list(w_x), list(w_h))[0])

@@ -118,13 +118,43 @@ def test_a_device_that_is_not_there_is_an_error():
         ("experiment", "wanted one of fig3-speed"),
         ("experiment --page no/such/folder", "there is no folder"),
         ("experiment table3-parameters --quick --set seeds=3", "seeds: got 3"),
+        ("experiment table3-parameters --quick --set seeds=[1,1]", "wanted each once"),
+        ("experiment table3-parameters --quick --set seeds=[-1]", "seeds: got [-1]"),
         ("experiment table3-parameters --quick --set variants={}", "variants: got {}"),
+        ("experiment fig3-speed --quick --set kernels=3", "kernels: got 3, wanted a list"),
+        ("experiment fig3-speed --quick --set kernels=[3]", "an entry of kernels: got 3, wanted a string"),
+        ("experiment fig3-speed --quick --set kernels=[]", "kernels: got [], wanted at least one entry"),
+        ('experiment fig3-speed --quick --set kernels=["3x3"]', "kernels: the claims of fig3-speed cannot be judged"),
+        ("experiment fig3-speed --quick --set speeds=[1,2.5]", "speeds: the claims of fig3-speed cannot be judged"),
+        ('experiment fig3-speed --quick --set steps="x"', "steps: got 'x', wanted an integer"),
+        ("experiment fig3-speed --quick --set steps=2.5", "steps: got 2.5, wanted an integer"),
+        ("experiment fig3-speed --quick --set steps=true", "steps: got True, wanted an integer"),
+        ("experiment fig3-speed --quick --set steps=-1", "steps: got -1, wanted a positive number"),
+        ("experiment fig3-speed --quick --set learning_rate=NaN", "learning_rate: got nan, wanted a positive number"),
+        ("experiment fig3-speed --quick --set image_size=null", "image_size: got None, wanted an integer"),
+        ("experiment fig3-speed --quick --set test_clips=3", "test_clips: got 3, wanted at least batch_size"),
+        ('experiment fig3-speed --quick --set variants={"a":3}', "variants: a: got 3, wanted an object"),
+        ('experiment fig3-speed --quick --set variants={"a":{}}', "variants: a: got {}, wanted at least one entry"),
+        ('experiment fig3-speed --quick --set variants={"a":{"speed":1}}', "variants: a: missing keys ['kernels']"),
+        (
+            'experiment fig3-speed --quick --set variants={"a":{"speed":1,"kernels":{"4":8}}}',
+            "variants: a: kernels: got '4', wanted odd kernel sizes",
+        ),
+        (
+            'experiment fig3-speed --quick --set variants={"a":{"speed":1,"kernels":{"3":8}}}',
+            "variants: the claims of fig3-speed cannot be judged",
+        ),
+        (
+            'experiment fig13-gates --quick --set variants={"a":{"kernels":{"3":8},"mxi":"gate"}}',
+            "variants: a: missing keys [], unknown keys ['mxi']",
+        ),
         ("train-classifier . --split . --device nope", "device 'nope'"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(args, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert says in " ".join(run(*args.split(), code=2).split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_plan_is_none_where_a_backend_refuses():

@@ -151,8 +151,8 @@ the last frame of one clip, for the first seed.
 EXPERIMENT = Experiment(
     "fig13-gates",
     "are gates saturated, and less so with a 1x1 convolution?",
-    settings(forecasting.FULL, channels=32, speed=4, seeds=3),
-    settings(forecasting.QUICK, channels=8, speed=3, seeds=3),
+    settings(forecasting.FULL, channels=32, speed=4.0, seeds=3),
+    settings(forecasting.QUICK, channels=8, speed=3.0, seeds=3),
     measure,
     judge,
     draw,

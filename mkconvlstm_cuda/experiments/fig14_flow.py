@@ -131,8 +131,8 @@ shows the last frame of one clip.
 EXPERIMENT = Experiment(
     "fig14-flow",
     "does the mask of the larger kernel let the faster digit through?",
-    settings(forecasting.FULL, channels=32, speeds=[1, 8], seeds=8),
-    settings(forecasting.QUICK, channels=8, speeds=[1, 6], seeds=3),
+    settings(forecasting.FULL, channels=32, speeds=[1.0, 8.0], seeds=8),
+    settings(forecasting.QUICK, channels=8, speeds=[1.0, 6.0], seeds=3),
     measure,
     judge,
     draw,

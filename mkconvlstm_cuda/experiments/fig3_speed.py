@@ -115,8 +115,8 @@ short, and losses are far above the 1313 nats that a perfect forecast of grey pi
 EXPERIMENT = Experiment(
     "fig3-speed",
     "does the loss of small kernels grow faster with the speed of a digit?",
-    settings(forecasting.FULL, channels=32, speeds=[1, 2, 4, 6, 8], seeds=3),
-    settings(forecasting.QUICK, channels=8, speeds=[1, 3, 6], seeds=3),
+    settings(forecasting.FULL, channels=32, speeds=[1.0, 2.0, 4.0, 6.0, 8.0], seeds=3),
+    settings(forecasting.QUICK, channels=8, speeds=[1.0, 3.0, 6.0], seeds=3),
     measure,
     judge,
     draw,

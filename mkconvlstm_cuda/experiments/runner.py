@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..files import atomic
 from .experiment import Experiment, Measured, Results
 from .page import section
+from .settings import check, rehearse
 
 
 class Team:
@@ -89,7 +90,7 @@ def run(
 
     Raises:
         ValueError: `resume`, and the runs in the folder were made with other settings (there may be more seeds or
-            variants now, or fewer); or a setting is out of its range.
+            variants now, or fewer); or a setting is not such as the experiment's own, or leaves a claim without a run.
         ImportError: matplotlib, safetensors, scikit-learn or scipy is missing.
     """
     _require_packages()
@@ -101,9 +102,11 @@ def run(
     command = ["mkconvlstm", "experiment", experiment.name, *(["--quick"] if quick else [])]
     for key, value in (settings or {}).items():
         command += ["--set", f"{key}={json.dumps(value, separators=(',', ':'))}"]
-    settings = {**(experiment.quick if quick else experiment.full), **(settings or {})}
-    settings = json.loads(json.dumps(settings))  # as they will be read again
-    _check(settings)
+    own, defaults = settings or {}, experiment.quick if quick else experiment.full
+    defaults, settings = json.loads(json.dumps([defaults, {**defaults, **own}]))  # as they will be read again
+    check(settings, defaults)
+    if own:
+        rehearse(experiment, settings, own)
     folder = Path(output) / experiment.name
     if team.rank == 0:
         _prepare(folder, settings, resume)
@@ -134,15 +137,6 @@ def run(
     with atomic(folder / "results.md") as temporary:
         temporary.write_text(section(told, experiment.method))
     return told
-
-
-def _check(settings: dict) -> None:
-    """Seeds and variants are what every experiment iterates over. Raises ValueError if they are not."""
-    seeds, variants = settings["seeds"], settings["variants"]
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f"seeds: got {seeds!r}, wanted a list of at least one integer")
-    if not isinstance(variants, dict) or not variants:
-        raise ValueError(f"variants: got {variants!r}, wanted at least one, by name")
 
 
 def _prepare(folder: Path, settings: dict, resume: bool) -> None:

@@ -36,7 +36,7 @@ FULL = settings(
     learning_rate=3e-3,
     precision="bfloat16",
     directions=16,
-    speeds=[2, 4, 6, 8, 10, 12],
+    speeds=[2.0, 4.0, 6.0, 8.0, 10.0, 12.0],
     num_frames=6,
     image_size=64,
     digit_size=8,
@@ -50,7 +50,7 @@ QUICK = settings(
     8,
     **{name: value for name, value in FULL.items() if name != "variants"}
     | {"seeds": [0, 1, 2], "steps": 30, "batch_size": 8, "test_clips": 48, "precision": "float32"}
-    | {"directions": 4, "speeds": [2, 7], "num_frames": 5, "image_size": 32},
+    | {"directions": 4, "speeds": [2.0, 7.0], "num_frames": 5, "image_size": 32},
 )
 
 

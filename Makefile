@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 .PHONY: demo test sanitize wheel clean
 
 demo: $(VENV)/.demo  ## train a forecaster on moving handwritten digits and draw what it predicts
-	$(BIN)/mkconvlstm forecast --output demo
+	$(BIN)/mkconvlstm forecast --output demo --overwrite
 
 test: $(VENV)/.test  ## lint and all tests that this machine can run
 	$(BIN)/ruff check .

@@ -279,6 +279,7 @@ def forecast(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew though there is a checkpoint.")] = False,
 ) -> None:
     """Trains a forecaster on moving handwritten digits, and shows truth and prediction side by side."""
     from . import forecast as forecasting
@@ -297,6 +298,7 @@ def forecast(
             backend=backend,
             device=pick_device(device),
             resume=resume,
+            overwrite=overwrite,
             console=console,
             **settings,
         )

@@ -23,6 +23,7 @@ def experiment(
     quick: Annotated[bool, typer.Option("--quick", help="Small: about a minute on a CPU.")] = False,
     output: Annotated[Path, typer.Option("--out", help="Folder; results go to OUT/NAME.")] = Path("experiments"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the runs in the folder that are done.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw the runs in the folder away.")] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=JSON", help="A setting of its own, as results.json names it: steps=100."),
@@ -40,6 +41,7 @@ def experiment(
     from . import experiments
     from .cli import pick_device
     from .experiments.page import ends, text
+    from .runs import how_to_resume
 
     if list_names:
         typer.echo("\n".join(experiments.EXPERIMENTS))
@@ -61,12 +63,15 @@ def experiment(
             output,
             quick=quick,
             resume=resume,
+            overwrite=overwrite,
             settings=own,
             device=None if device is None else pick_device(device),
             console=console,
         )
     except KeyboardInterrupt:
-        console.print(f"stopped; continue with the same command and --resume: what is done is in {output / name}")
+        console.print(
+            f"stopped; continue with {how_to_resume(overwrite)}: what is done is in {escape(str(output / name))}"
+        )
         raise typer.Exit(130) from None
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         console.print(f"[red]{escape(str(error))}[/red]")

@@ -20,7 +20,7 @@ from torch import Tensor
 from .data import MovingDigits, load_mnist
 from .files import atomic
 from .models import Forecaster, compare_with_last_frame, sequence_cross_entropy
-from .runs import deferred_interrupt, has_fast_bfloat16, load_checkpoint, save_checkpoint
+from .runs import check_choice, deferred_interrupt, has_fast_bfloat16, load_checkpoint, save_checkpoint
 
 CHECKPOINT = "checkpoint.pt"
 DEFAULT_MINUTES = 1.4
@@ -155,6 +155,7 @@ def run(
     backend: str = "auto",
     device: str | torch.device | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     on_step: Callable[[int, float], None] | None = None,
     console: Console | None = None,
     **settings: Any,
@@ -172,6 +173,7 @@ def run(
         test_clips: clips of held-out digit images to judge by.
         backend, device: where the layers run; None: a GPU if there is one.
         resume: continue from the checkpoint in `output`.
+        overwrite: start anew though there is one.
         on_step: called with (step, loss) after every step.
         console: where the progress bar goes; None: the terminal.
         settings: any field of `Settings` but `digits`, which `mnist` decides.
@@ -180,7 +182,8 @@ def run(
         what metrics.json holds.
 
     Raises:
-        ValueError, TypeError: an argument is out of its range, or `resume` finds no fitting checkpoint.
+        ValueError, TypeError: an argument is out of its range, `resume` finds no fitting checkpoint, or there is one
+            and neither `resume` nor `overwrite`.
         ImportError: scikit-learn, matplotlib or pillow is missing.
     """
     if minutes is None and steps is None:
@@ -191,6 +194,8 @@ def run(
         raise ValueError(f"{'minutes' if steps is None else 'steps'}: got {minutes or steps}, wanted more than 0")
     if test_clips < 1:
         raise ValueError(f"test_clips: got {test_clips}, wanted at least 1")
+    output = Path(output)
+    check_choice(output / CHECKPOINT if (output / CHECKPOINT).exists() else None, resume, overwrite)
     _require_pictures()
 
     started = time.perf_counter()
@@ -198,7 +203,6 @@ def run(
     settings = Settings(digits="scikit-learn" if mnist is None else "mnist", **settings)
     if settings.precision == "auto":
         settings = replace(settings, precision="bfloat16" if has_fast_bfloat16(device) else "float32")
-    output = Path(output)
     digits = None if mnist is None else load_mnist(mnist)
     trainer = Trainer(settings, settings.clips(digits, "train"), device, backend)
     if resume:

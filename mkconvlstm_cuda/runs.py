@@ -37,6 +37,19 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.devic
     return state
 
 
+def check_choice(kept: Path | None, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError if both are asked for, or neither where an earlier run has `kept` something."""
+    if resume and overwrite:
+        raise ValueError("overwrite: got resume too, wanted one of the two")
+    if kept is not None and not resume and not overwrite:
+        raise ValueError(f"output: an earlier run has left {kept}: --resume continues it, --overwrite throws it away")
+
+
+def how_to_resume(overwrite: bool) -> str:
+    """How a command that was stopped is continued, for people."""
+    return f"the same command and --resume{' in place of --overwrite' if overwrite else ''}"
+
+
 @contextmanager
 def deferred_interrupt():
     """Yields an Event that the first Ctrl-C sets, so that no step is cut in two; the second acts as it always does."""

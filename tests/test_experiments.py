@@ -89,7 +89,11 @@ def test_runs_that_are_done_are_not_done_again(tmp_path):
     assert [claim["verdict"] for claim in told["claims"]] == ["reproduced", "not reproduced"]
     assert json.loads((tmp_path / "fake" / "results.json").read_text()) == told
     assert (tmp_path / "fake" / "map.txt").read_text() == str([[1.0] * 3] * 2)
-    experiments.run(fake(done), tmp_path)  # without resume, all of them
+    for choice, says in (({}, "--resume continues it, --overwrite"), ({"resume": True, "overwrite": True}, "one of")):
+        with pytest.raises(ValueError, match=says):
+            experiments.run(fake(done), tmp_path, **choice)
+    assert len(list((tmp_path / "fake" / "runs").glob("*.json"))) == 6
+    experiments.run(fake(done), tmp_path, overwrite=True)
     assert len(done) == 12
 
 
@@ -133,6 +137,8 @@ def test_command_lists_names_and_refuses_others(tmp_path):
 def test_command_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.EXPERIMENTS, "fake", fake([], stop_at=2))
     assert "--resume" in run("fake", "--out", str(tmp_path), code=130)
+    assert "--overwrite" in run("fake", "--out", str(tmp_path), code=2)
+    assert "in place of --overwrite" in " ".join(run("fake", "--out", str(tmp_path), "--overwrite", code=130).split())
     monkeypatch.setitem(experiments.EXPERIMENTS, "fake", fake([]))
     run("fake", "--out", str(tmp_path), "--resume")
 

@@ -84,6 +84,17 @@ def test_resume_refuses_another_run(tmp_path):
         run(tmp_path, steps=2, resume=True, batch_size=3, seed=7)
 
 
+def test_a_checkpoint_is_not_overwritten_unasked(tmp_path):
+    run(tmp_path, steps=2)
+    before = (tmp_path / forecast.CHECKPOINT).read_bytes()
+    with pytest.raises(ValueError, match="--resume continues it, --overwrite throws it away"):
+        run(tmp_path, steps=1)
+    with pytest.raises(ValueError, match="one of the two"):
+        run(tmp_path, steps=1, resume=True, overwrite=True)
+    assert (tmp_path / forecast.CHECKPOINT).read_bytes() == before
+    assert run(tmp_path, steps=1, overwrite=True)["training"]["steps"] == 1
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     run(tmp_path, steps=1)
     before = (tmp_path / forecast.CHECKPOINT).read_bytes()
@@ -94,7 +105,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(OSError, match="disk full"):
-        run(tmp_path, steps=2)
+        run(tmp_path, steps=2, overwrite=True)
     assert (tmp_path / forecast.CHECKPOINT).read_bytes() == before
     assert not list(tmp_path.glob(".*"))
 

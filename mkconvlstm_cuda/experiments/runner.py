@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..files import atomic
+from ..runs import check_choice
 from .experiment import Experiment, Measured, Results
 from .page import section
 from .settings import check, rehearse
@@ -67,6 +68,7 @@ def run(
     *,
     quick: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     device: torch.device | None = None,
     settings: Mapping[str, Any] | None = None,
     console: Console | None = None,
@@ -80,7 +82,8 @@ def run(
         experiment: which.
         output: folder; made if it is not there.
         quick: the settings for a CPU.
-        resume: keep the runs that are in the folder; else they are thrown away.
+        resume: keep the runs that are in the folder.
+        overwrite: throw them away.
         device: None: a GPU if there is one.
         settings: take the place of the experiment's own.
         console: where the progress bar goes; None: the terminal.
@@ -90,7 +93,8 @@ def run(
 
     Raises:
         ValueError: `resume`, and the runs in the folder were made with other settings (there may be more seeds or
-            variants now, or fewer); or a setting is not such as the experiment's own, or leaves a claim without a run.
+            variants now, or fewer); neither `resume` nor `overwrite`, or both, and there are runs that are done; or a
+            setting is not such as the experiment's own, or leaves a claim without a run.
         ImportError: matplotlib, safetensors, scikit-learn or scipy is missing.
     """
     _require_packages()
@@ -109,7 +113,7 @@ def run(
         rehearse(experiment, settings, own)
     folder = Path(output) / experiment.name
     if team.rank == 0:
-        _prepare(folder, settings, resume)
+        _prepare(folder, settings, resume, overwrite)
     team.meet("prepared")
     _measure(experiment, settings, folder / "runs", device, team, console or Console())
     team.meet("measured")
@@ -139,9 +143,10 @@ def run(
     return told
 
 
-def _prepare(folder: Path, settings: dict, resume: bool) -> None:
+def _prepare(folder: Path, settings: dict, resume: bool, overwrite: bool) -> None:
     """An empty folder for runs, or the one that is there if its runs were made as these settings would make them."""
     kept, runs = folder / "settings.json", folder / "runs"
+    check_choice(runs if any(runs.glob("*.json")) else None, resume, overwrite)
     if resume and kept.is_file():
         theirs = json.loads(kept.read_text())
         differing = [

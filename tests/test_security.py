@@ -14,7 +14,8 @@ import torch
 from test_cli import run, wide  # noqa: F401  wide: a fixture
 
 import mkconvlstm_cuda
-from mkconvlstm_cuda import data, forecast
+from mkconvlstm_cuda import convert, data, forecast
+from mkconvlstm_cuda.encoders import read_weights
 
 PACKAGE = Path(mkconvlstm_cuda.__file__).parent
 SOURCES = sorted(
@@ -54,12 +55,14 @@ class Touch:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("damage", ["runs code", "cut off", "random bytes", "empty", "another's"])
+@pytest.mark.parametrize("damage", ["runs code", "cut off", "random bytes", "empty", "text", "another's"])
 def test_a_checkpoint_runs_nothing(damage, tmp_path):
     checkpoint = tmp_path / forecast.CHECKPOINT
     torch.save({"settings": "{}", "model": Touch(tmp_path / "touched")}, checkpoint)
     if damage == "another's":
         torch.save({"epoch": 3}, checkpoint)
+    elif damage == "text":
+        checkpoint.write_text("hello\n")
     elif damage != "runs code":
         size = {"cut off": 100, "random bytes": 0, "empty": 0}[damage]
         noise = random.Random(0).randbytes(500) if damage == "random bytes" else b""
@@ -67,6 +70,20 @@ def test_a_checkpoint_runs_nothing(damage, tmp_path):
     arguments = ("forecast", "--output", str(tmp_path), "--channels", "2", "--device", "cpu")
     output = run(*arguments, "--steps", "1", "--resume", code=2)
     assert re.search(rf"resume: \S*{checkpoint.name} is no checkpoint", output.replace("\n", ""))
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("damage", ["runs code", "text", "one byte", "empty"])
+def test_a_file_of_weights_runs_nothing(damage, tmp_path):
+    weights = tmp_path / "weights.pt"
+    if damage == "runs code":
+        torch.save({"weight": Touch(tmp_path / "touched")}, weights)
+    else:
+        weights.write_text({"text": "hello\n", "one byte": "b", "empty": ""}[damage])
+    with pytest.raises(ValueError, match=r"state_dict: '\S*weights\.pt' is damaged, or holds more than tensors"):
+        convert.from_ndrplz(weights)
+    with pytest.raises(ValueError, match=r"encoder weights: \S* is damaged|encoder weights: cannot read"):
+        read_weights(weights)
     assert not (tmp_path / "touched").exists()
 
 

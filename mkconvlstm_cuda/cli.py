@@ -283,6 +283,7 @@ def forecast(
 ) -> None:
     """Trains a forecaster on moving handwritten digits, and shows truth and prediction side by side."""
     from . import forecast as forecasting
+    from .runs import how_to_resume
 
     settings: dict = {"seed": seed}
     if speed:
@@ -303,7 +304,7 @@ def forecast(
             **settings,
         )
     except KeyboardInterrupt:
-        console.print(f"stopped; continue with: mkconvlstm forecast --output {output} --resume")
+        console.print(f"stopped; continue with {how_to_resume(overwrite)} ({escape(str(output))})")
         raise typer.Exit(130) from None
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         console.print(f"[red]{escape(str(error))}[/red]")

@@ -104,6 +104,16 @@ def test_forecast_writes_everything_and_resumes(tmp_path):
     assert "resume" in output
 
 
+def test_forecast_says_how_to_go_on(monkeypatch):
+    def stop(output, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mkconvlstm_cuda.forecast.run", stop)
+    output = run("forecast", "--steps", "2", "--channels", "2", code=130)
+    assert "continue with the same command and --resume (demo)" in output
+    assert "--resume in place of --overwrite" in run("forecast", "--overwrite", code=130)
+
+
 def test_a_device_that_is_not_there_is_an_error():
     assert "device 'cuda:99'" in run("check", "--device", "cuda:99", code=2)
 

@@ -288,8 +288,10 @@ def forecast(
     settings: dict = {"seed": seed}
     if speed:
         settings["speeds"] = tuple(speed)
-    if kernel or channels:
-        settings["kernels"] = dict.fromkeys(kernel or [3, 5], channels or 16)
+    if kernel and len(set(kernel)) < len(kernel):
+        raise typer.BadParameter(f"--kernel: got {', '.join(map(str, kernel))}, wanted each size once")
+    if kernel or channels is not None:
+        settings["kernels"] = dict.fromkeys(kernel or [3, 5], 16 if channels is None else channels)
     try:
         metrics = forecasting.run(
             output,

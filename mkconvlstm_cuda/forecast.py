@@ -190,8 +190,9 @@ def run(
         minutes = DEFAULT_MINUTES
     if minutes is not None and steps is not None:
         raise ValueError(f"steps: got {steps} and minutes = {minutes}, wanted one of the two")
-    if not 0 < (minutes if steps is None else steps) < float("inf"):
-        raise ValueError(f"{'minutes' if steps is None else 'steps'}: got {minutes or steps}, wanted more than 0")
+    name, duration = ("minutes", minutes) if steps is None else ("steps", steps)
+    if not 0 < duration < float("inf"):
+        raise ValueError(f"{name}: got {duration}, wanted more than 0")
     if test_clips < 1:
         raise ValueError(f"test_clips: got {test_clips}, wanted at least 1")
     output = Path(output)

@@ -90,7 +90,7 @@ def inception_branches(channels: int, bottleneck: int | None = None) -> list[Bra
     if not is_integer(channels, 4):
         raise ValueError(f"channels: got {channels!r}, wanted an int of at least 4, one a branch")
     shares = [channels // 4 + (r < channels % 4) for r in range(4)]
-    narrow = bottleneck or channels // 4
+    narrow = channels // 4 if bottleneck is None else bottleneck
     return [
         Branch(1, shares[0]),
         Branch(3, shares[1], bottleneck=narrow),

@@ -85,6 +85,7 @@ def test_bad_construction(case):
         (lambda: FlowAttention(2, kernel_size=2), ValueError, "kernel_size: got 2"),
         (lambda: FlowAttention(2, network=torch.sigmoid), TypeError, "network: got"),
         (lambda: inception_branches(3), ValueError, "channels: got 3"),
+        (lambda: inception_branches(16, 0), ValueError, "got bottleneck 0"),
         (lambda: MKConvLSTMCell(4, {3: 2}, backend="x"), ValueError, "backend: got 'x'"),
     ],
 )

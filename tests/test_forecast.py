@@ -127,6 +127,7 @@ def test_minutes_bound_the_training(tmp_path):
     [
         ({"steps": 1, "minutes": 1}, ValueError, "one of the two"),
         ({"steps": 0}, ValueError, "steps: got 0"),
+        ({"minutes": 0}, ValueError, "minutes: got 0, wanted"),
         ({"minutes": -1}, ValueError, "minutes: got -1"),
         ({"test_clips": 0}, ValueError, "test_clips: got 0"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0"),

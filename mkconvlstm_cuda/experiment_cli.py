@@ -30,7 +30,7 @@ def experiment(
     ] = None,
     page: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FOLDER", help="Only write FOLDER.md, a page of all results in FOLDER."),
+        typer.Option(metavar="FOLDER", help="Only write FOLDER.md, beside FOLDER: a page of all results in it."),
     ] = None,
     device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,  # noqa: UP045
 ) -> None:
@@ -49,9 +49,13 @@ def experiment(
     if page is not None:
         if not page.is_dir():
             raise typer.BadParameter(f"--page: there is no folder {page}")
-        target = page.resolve().with_name(page.resolve().name + ".md")
-        target.write_text(text(page, experiments.EXPERIMENTS.values()))
-        console.print(f"wrote {target.name}")
+        folder = page.resolve()
+        target = folder.with_name(folder.name + ".md")
+        try:
+            target.write_text(text(folder, experiments.EXPERIMENTS.values()))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        console.print(f"wrote {escape(str(target))}", soft_wrap=True)
         return
     if name not in experiments.EXPERIMENTS:
         raise typer.BadParameter(f"NAME: got {name or 'none'}, wanted one of {', '.join(experiments.EXPERIMENTS)}")

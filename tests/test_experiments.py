@@ -152,6 +152,22 @@ def test_command_takes_settings(tmp_path, monkeypatch):
     assert "is not JSON" in run("fake", "--set", "seeds=[7", code=2)
 
 
+def test_command_writes_a_page_of_results_that_are_there(tmp_path, monkeypatch):
+    folder = tmp_path / "found"
+    (folder / "table3-parameters").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert "there is no NAME/results.json" in " ".join(run("--page", ".", code=2).split())
+    results = folder / "table3-parameters" / "results.json"
+    for damaged in ("{", "{}", "[]", "3", '{"claims": [3]}'):
+        results.write_text(damaged)
+        assert "results.json is damaged" in " ".join(run("--page", ".", code=2).replace("│", "").split())
+    assert not (tmp_path / "found.md").exists()
+    results.unlink()
+    run("table3-parameters", "--out", str(folder))
+    assert f"wrote {tmp_path / 'found.md'}" in run("--page", ".")
+    assert "](found/table3-parameters/parameters.png)" in (tmp_path / "found.md").read_text()
+
+
 def test_command_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("mkconvlstm_cuda.experiments.runner.find_spec", lambda name: None)
     assert "mkconvlstm_cuda[experiments]" in run("table3-parameters", "--out", str(tmp_path / "new"), code=2)

@@ -74,18 +74,27 @@ def section(told: Mapping[str, Any], method: str, folder: str = "") -> str:
 
 
 def text(folder: Path, experiments: Iterable[Experiment]) -> str:
-    """The page of all results in `folder`/NAME/results.json, to stand beside that folder."""
+    """The page of all results in `folder`/NAME/results.json, to stand beside that folder.
+
+    Raises:
+        ValueError: there are none, or a file is damaged.
+    """
     heads, sections = [], []
     for experiment in experiments:
         path = folder / experiment.name / "results.json"
         if not path.is_file():
             heads.append(f"| {experiment.name} | {experiment.question} | not run yet | | |")
             continue
-        told = json.loads(path.read_text())
-        count = Counter(claim["verdict"] for claim in told["claims"])
+        try:
+            told = json.loads(path.read_text())
+            count = Counter(claim["verdict"] for claim in told["claims"])
+            sections.append(section(told, experiment.method, f"{folder.name}/{experiment.name}/"))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"page: {path} is damaged, or holds no results of an experiment") from error
         counts = " | ".join(str(count[verdict]) for verdict in (REPRODUCED, NOT_REPRODUCED, UNDECIDED))
         heads.append(f"| {experiment.name} | {experiment.question} | {counts} |")
-        sections.append(section(told, experiment.method, f"{folder.name}/{experiment.name}/"))
+    if not sections:
+        raise ValueError(f"page: there is no NAME/results.json of an experiment in {folder}")
     columns = ("experiment", "question", REPRODUCED, NOT_REPRODUCED, UNDECIDED)
     summary = "\n".join([f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|", *heads]) + "\n"
     return "\n".join([INTRODUCTION, summary, *sections])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from .contestants import BASELINE
@@ -51,12 +52,17 @@ def label(record: dict) -> str:
     return f"{name} ({record['setup_s']:.0f} s to compile)" if "torch.compile" in name else name
 
 
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
+
+
 def markdown(results: dict) -> str:
     """The table, and a line that says where it was measured."""
     table = [COLUMNS, ["---"] * len(COLUMNS), *rows(results)]
     if results["device_type"] == "cpu":
         table = [row[:-2] for row in table]  # GPU memory and time
-    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines = list(map(line, table))
     rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in results["peak_tflops"].items())
     where = f"{results['device']}" + (f", {results['threads']} threads" if results["device_type"] == "cpu" else "")
     driver = f", driver {results['driver']}" if results["driver"] else ""

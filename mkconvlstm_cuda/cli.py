@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -228,10 +229,11 @@ def bench(
     from .bench.workloads import WORKLOADS
 
     if list_workloads:
-        table = Table("workload", "B, T, C, H, W", "kernels", "forward, GFLOP", "stands for")
-        for w in WORKLOADS.values():
-            table.add_row(w.name, str(w.shape), str(w.kernels), f"{w.forward_flops / 1e9:.3g}", w.stands_for)
-        console.print(table)
+        rows = [
+            (w.name, str(w.shape), str(w.kernels), f"{w.forward_flops / 1e9:.3g}", w.stands_for)
+            for w in WORKLOADS.values()
+        ]
+        show(("workload", "B, T, C, H, W", "kernels", "forward, GFLOP", "stands for"), rows)
         return
     target = pick_device(device)
     if not workloads:
@@ -245,10 +247,7 @@ def bench(
         results = measure.run(workloads, target, precisions, seconds, with_compile, status.update)
         if with_sweeps:
             results["sweeps"] = sweeps.run(target, precisions[-1], seconds / 10, status.update)
-    table = Table(*reports.COLUMNS)
-    for row in reports.rows(results):
-        table.add_row(*row)
-    console.print(table)
+    show(reports.COLUMNS, reports.rows(results))
     folder = Path(measure.__file__).resolve().parent / "reports" if report else output
     try:
         paths = reports.write(results, folder)
@@ -257,6 +256,23 @@ def bench(
         raise typer.Exit(2) from None
     for path in paths:
         console.print(f"wrote {path}")
+
+
+def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table, or its rows in Markdown where the terminal is too narrow for it or there is none: nothing is cut."""
+    from .bench.report import line
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if (
+        console.is_terminal
+        and console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width
+    ):
+        console.print(table)
+        return
+    for row in (columns, ["---"] * len(columns), *rows):
+        console.print(line(row), soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

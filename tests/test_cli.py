@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mkconvlstm_cuda import cli, dispatch, library
+from mkconvlstm_cuda.bench.workloads import WORKLOADS
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +77,23 @@ def test_bench_writes_a_report(tmp_path):
     )
     assert "no workload tiny" in output
     assert "precision of GPUs" in run("bench", "cpu_mnist_57", "--dtype", "tf32", "--device", "cpu", code=2)
-    run("bench", "cpu_mnist_57", "--dtype", "float32", "--seconds", "0.1", "--output", str(tmp_path), "--device", "cpu")
+    args = ("--dtype", "float32", "--seconds", "0.1", "--output", str(tmp_path), "--device", "cpu")
+    assert "| cpu_mnist_57 | float32 | ours, aten, recompute |" in run("bench", "cpu_mnist_57", *args)
     results = json.loads((tmp_path / "cpu.json").read_text())
     assert {r["contestant"] for r in results["records"]} >= {"usual loop", "ours, aten", "ours, aten, recompute"}
     assert (tmp_path / "cpu.png").stat().st_size > 10_000
     assert (tmp_path / "cpu.md").read_text().count("cpu_mnist_57") == len(results["records"])
+
+
+@pytest.mark.parametrize(("terminal", "width"), [(False, 80), (True, 80), (True, 300)])
+def test_workloads_are_listed_whole(terminal, width, monkeypatch):
+    monkeypatch.setattr(cli.console, "_width", width)
+    monkeypatch.setattr(cli.console, "_force_terminal", terminal)
+    output = run("bench", "--list")
+    for w in WORKLOADS.values():
+        (line,) = [line for line in output.splitlines() if re.match(rf"[|│] {w.name} ", line)]
+        assert all(cell in line for cell in (str(w.shape), str(w.kernels), w.stands_for))
+    assert ("│" in output) == (width == 300)
 
 
 def test_bench_without_matplotlib_keeps_its_numbers(tmp_path, monkeypatch):

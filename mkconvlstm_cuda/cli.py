@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -235,6 +236,8 @@ def bench(
         ]
         show(("workload", "B, T, C, H, W", "kernels", "forward, GFLOP", "stands for"), rows)
         return
+    if not 0 < seconds < math.inf:
+        raise typer.BadParameter(f"--seconds: got {seconds:g}, wanted a positive number")
     target = pick_device(device)
     if not workloads:
         workloads = [name for name in WORKLOADS if name.startswith("cpu_") == (target.type == "cpu")]

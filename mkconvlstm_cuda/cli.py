@@ -60,14 +60,16 @@ def info(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="B,H,W,K:F_r,...", help="Only show how each family of kernels would run this recurrence."),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="dtype for --plan.")] = DType.float32,
+    dtype: Annotated[Optional[DType], typer.Option(help="dtype for --plan, float32 by default.")] = None,  # noqa: UP045
 ) -> None:
     """Versions, devices, and which backends can run here or why not."""
     from . import dispatch, library
 
-    if plan:
-        console.print(show_plans(plan, getattr(torch, dtype.value)))
+    if plan is not None:
+        console.print(show_plans(plan, getattr(torch, (dtype or DType.float32).value)))
         return
+    if dtype is not None:
+        raise typer.BadParameter("--dtype is for --plan: got no --plan")
     software = Table("software", "version")
     software.add_row("python", platform.python_version())
     for package in ("mkconvlstm_cuda", "torch", "triton", "numpy"):
@@ -118,9 +120,12 @@ def show_plans(problem: str, dtype: torch.dtype) -> Table:
 @app.command()
 def check(
     device: DeviceOption = None,
-    dtype: Annotated[list[DType], typer.Option(help="May be given several times; all by default.")] = list(DType),  # noqa: B006
+    dtype: Annotated[
+        Optional[list[DType]],  # noqa: UP045
+        typer.Option(help="May be given several times; all by default. Not with --problem."),
+    ] = None,
     fuzz: Annotated[Optional[int], typer.Option(min=1, help="In place of that: so many random problems.")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(help="Of the random problems.")] = 0,
+    seed: Annotated[Optional[int], typer.Option(help="Of the random problems, with --fuzz; 0 by default.")] = None,  # noqa: UP045
     jobs: Annotated[Optional[int], typer.Option(min=1, help="Processes, with --fuzz.")] = None,  # noqa: UP045
     problem: Annotated[Optional[str], typer.Option(help="In place of that: one problem, as --fuzz prints it.")] = None,  # noqa: UP045
 ) -> None:
@@ -129,14 +134,20 @@ def check(
 
     if fuzz is not None and problem is not None:
         raise typer.BadParameter("--fuzz draws problems, --problem is one: got both")
+    for name, value in (("--seed", seed), ("--jobs", jobs)):
+        if value is not None and fuzz is None:
+            raise typer.BadParameter(f"{name} is for --fuzz: got no --fuzz")
+    if dtype and problem is not None:
+        raise typer.BadParameter("--dtype: got --problem too, which says its dtype itself")
+    dtypes = [d.value for d in dtype or DType]
     if pick_device(device).type not in ("cpu", "cuda"):
         raise typer.BadParameter(f"device {device!r}: wanted cpu or cuda")
     if fuzz is not None or problem is not None:
-        failed = fuzz_check(pick_device(device), [d.value for d in dtype], fuzz, seed, jobs, problem)
+        failed = fuzz_check(pick_device(device), dtypes, fuzz, seed or 0, jobs, problem)
         raise typer.Exit(1 if failed else 0)
     with console.status("checking") as status:
         results = []
-        for r in checks.run(pick_device(device), tuple(getattr(torch, d.value) for d in dtype)):
+        for r in checks.run(pick_device(device), tuple(getattr(torch, name) for name in dtypes)):
             status.update(f"checking {r.backend}, {r.dtype}: {r.check}")
             results.append(r)
     table = Table(

@@ -88,8 +88,8 @@ class Problem:
         } | {name: getattr(self, name) for name in LAYER_OPTIONS}
 
     def to_json(self) -> str:
-        """What differs from the defaults."""
-        simplest = asdict(Problem())
+        """The backend, and what else differs from the defaults."""
+        simplest = asdict(Problem()) | {"backend": None}
         return json.dumps({k: v for k, v in asdict(self).items() if v != simplest[k]}, separators=(",", ":"))
 
     @classmethod
@@ -101,6 +101,8 @@ class Problem:
         """
         try:
             values = json.loads(text)
+            if not values:
+                raise TypeError("there are none")
             for name in ("kernels", "hidden_kernels"):
                 if values.get(name):
                     values[name] = tuple(Kernel(*k) for k in values[name])

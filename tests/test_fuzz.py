@@ -89,7 +89,7 @@ def test_sanitizers_look_at_all_that_hoppers_kernels_do():
 def test_problems_are_repeatable_and_as_wide_as_promised():
     problems = list(drawn(500))
     assert problems == list(drawn(500))
-    assert all(Problem.from_json(p.to_json()) == p for p in problems)
+    assert all(Problem.from_json(p.to_json()) == p for p in [Problem(), *problems])
     for name in ("batch", "steps", "channels", "height", "width"):
         sizes = {getattr(p, name) for p in problems}
         assert {1, 2} < sizes

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import classifier_cli, experiment_cli
+from . import __version__, classifier_cli, experiment_cli
 from .bench.precision import PRECISIONS, defaults
 
 app = typer.Typer(help="Multi-kernel convolutional LSTM for PyTorch.", no_args_is_help=True, add_completion=False)
@@ -40,6 +40,21 @@ Precision = Enum("Precision", {name: name for name in PRECISIONS}, type=str)
 
 
 DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]  # noqa: UP045
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mkconvlstm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Only print the version.")
+    ] = False,
+) -> None:
+    """Those ahead of a command's name."""
 
 
 def pick_device(name: str | None) -> torch.device:

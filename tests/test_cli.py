@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from mkconvlstm_cuda import cli, dispatch, library
+from mkconvlstm_cuda import __version__, cli, dispatch, library
 from mkconvlstm_cuda.bench.workloads import WORKLOADS
 
 
@@ -20,6 +20,11 @@ def run(*args: str, code: int = 0) -> str:
     result = CliRunner().invoke(cli.app, list(args))
     assert result.exit_code == code, result.output
     return result.output
+
+
+def test_version_is_the_package_s():
+    assert run("--version") == f"mkconvlstm {__version__}\n"
+    assert "Multi-kernel convolutional LSTM" in run("--help")
 
 
 def test_info_says_what_can_run_and_why_not():

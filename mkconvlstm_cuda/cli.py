@@ -207,7 +207,8 @@ def fuzz_check(
                 def report(count: fuzz.Count) -> None:
                     nonlocal latest
                     now = time.perf_counter()
-                    line = f"{count.problems} of {problems} problems, {count.failed} failed, {now - start:.0f} s"
+                    done = f"{count.problems} of {several(problems, 'problem')}"
+                    line = f"{done}, {count.failed} failed, {now - start:.0f} s"
                     status.update(line)
                     if not console.is_terminal and now - latest > PROGRESS_SECONDS:
                         console.print(line)
@@ -222,8 +223,9 @@ def fuzz_check(
         console.print(f"[red]{failure.kind}[/red]: {escape(failure.message)}")
         console.print(failure.command(device), soft_wrap=True, markup=False, highlight=False)
     seconds = time.perf_counter() - start
+    backends = ", ".join(fuzz.served_backends())
     console.print(
-        f"{count.problems} problems, {count.compared} runs of {', '.join(fuzz.served_backends())}, {count.refused} "
+        f"{several(count.problems, 'problem')}, {several(count.compared, 'run')} of {backends}, {count.refused} "
         f"refused, {len(failures)} failed; {seconds:.0f} s, {count.problems / seconds:.1f} problems a second"
     )
     if not count.compared:
@@ -362,10 +364,16 @@ def forecast(
     )
 
 
+def several(count: int, what: str) -> str:
+    """The count of what is told, in the singular or the plural."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def summary(metrics: dict) -> Table:
     """The numbers of a forecast against those of copying the last frame."""
     scores, training = metrics["evaluation"], metrics["training"]
-    title = f"{scores['clips']} unseen sequences; {training['steps']} steps in {training['seconds']:.0f} s"
+    clips, steps = several(scores["clips"], "unseen sequence"), several(training["steps"], "step")
+    title = f"{clips}; {steps} in {training['seconds']:.0f} s"
     table = Table("", "prediction", "copying the last frame", title=title)
     shown = {
         "mse": "mean squared error",

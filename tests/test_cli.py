@@ -57,6 +57,12 @@ def test_check_passes_here():
     assert re.search(r"aten\W+float64\W+gradcheck", output)
 
 
+def test_one_problem_is_told_in_the_singular():
+    assert re.search(
+        r"^1 problem, 1 run of .* 0 failed", run("check", "--device", "cpu", "--problem", '{"backend":"aten"}')
+    )
+
+
 def test_check_fails_when_a_backend_is_wrong(monkeypatch):
     """The check is able to fail: an aten whose forget gate is a little off is found out."""
     aten = dispatch.BACKENDS["aten"]
@@ -112,6 +118,7 @@ def test_forecast_writes_everything_and_resumes(tmp_path):
     folder = str(tmp_path / "run")
     output = run("forecast", "--steps", "2", "--output", folder, "--channels", "2", "--device", "cpu")
     assert "error over that of copying" in output
+    assert "128 unseen sequences; 2 steps in" in output
     for name in ("forecast.png", "forecast.gif", "metrics.json"):
         assert (tmp_path / "run" / name).stat().st_size > 500
     run("forecast", "--steps", "3", "--output", folder, "--channels", "2", "--device", "cpu", "--resume")

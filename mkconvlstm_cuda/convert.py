@@ -1,8 +1,8 @@
 """Other people's ConvLSTMs as an :class:`MKConvLSTM` that computes the same from the same weights.
 
 A layer comes back as ``[B, T, C, H, W]`` in, ``[B, T, F, H, W]`` out, whatever layout its origin had. ``options`` are
-those of :class:`MKConvLSTM` that add no weights (``batch_first``, ``dropout``, ``recompute``, ``backend``, ``device``,
-``dtype``); dtype and device are the weights' own unless given.
+those of :class:`MKConvLSTM` that the weights leave open (``batch_first``, ``dropout``, ``recompute``, ``backend``,
+``device``, ``dtype``), no others; dtype and device are the weights' own unless given.
 
 Where a function takes a state dict, that is a mapping from names to tensors, or a file that ``torch.save`` wrote,
 which is read with ``weights_only=True``. Only names that start with ``prefix`` are looked at, so that a layer can be
@@ -11,33 +11,20 @@ taken out of a whole model's state dict; all of those have to be known.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
+from .checkpoints import Format, StateDict, read_cells
 from .layer import MKConvLSTM
 from .transition import Branch
 
 GATES = "ifgo"  # our order of the rows [4F]
 INPUT, HIDDEN = (f"{side}_transition.branches.0.conv.weight" for side in ("input", "hidden"))
-StateDict = Mapping[str, Tensor] | str | os.PathLike
-
-
-@dataclass(frozen=True)
-class Format:
-    """How an implementation names the weights of a cell."""
-
-    names: tuple[str, ...]
-    optional: tuple[str, ...] = ()  # all of them or none
-    unused: tuple[str, ...] = ()  # may be there, but nothing is computed with them
-    layer: str = r"(?:cell_list\.)?(\d+)\."  # what may stand before a cell's names; its group is the layer's number
-
+OPTIONS = ("batch_first", "dropout", "recompute", "backend", "device", "dtype")
 
 NDRPLZ = Format(("conv.weight",), optional=("conv.bias",))
 AUTOMAN000 = Format(
@@ -51,7 +38,7 @@ OPENSTL = Format(
     optional=("conv_x.1.weight", "conv_x.1.bias", "conv_h.1.weight", "conv_h.1.bias"),
     unused=("conv_o.0.weight", "conv_o.1.weight", "conv_o.1.bias", "conv_last.weight"),
 )
-FLAX = Format(("ih.kernel", "hh.kernel"), optional=("ih.bias", "hh.bias"))
+FLAX = Format(("ih.kernel", "hh.kernel"), optional=("ih.bias", "hh.bias"), hints=False)
 
 
 def from_ndrplz(
@@ -64,7 +51,7 @@ def from_ndrplz(
             ``cell_list.{L}.`` for a single cell.
         prefix: what stands before those names in a whole model's state dict.
         layers: numbers of the layers wanted; None for all. The others are not looked at.
-        options: of :class:`MKConvLSTM`.
+        options: of :class:`MKConvLSTM`, those in OPTIONS.
 
     Returns:
         The layer, with ``num_layers`` as many as there were.
@@ -72,10 +59,10 @@ def from_ndrplz(
     Raises:
         ValueError: names are missing or unknown (all are listed); a shape is wrong; or the layers differ in hidden
             channels or kernel size, which those of one MKConvLSTM do not: then import each on its own.
-        TypeError: the state dict is neither a mapping to tensors nor a file.
+        TypeError: the state dict is neither a mapping to tensors nor a file, or an option is not in OPTIONS.
     """
     cells = read_cells(NDRPLZ, state_dict, prefix, layers)
-    return build([joint(cell["conv.weight"], cell.get("conv.bias"), "ifog") for cell in cells], **options)
+    return build([joint(cell["conv.weight"], cell.get("conv.bias"), "ifog") for cell in cells], options)
 
 
 def from_torchgeo(
@@ -105,20 +92,39 @@ def from_automan000(
     cells = []
     for cell in read_cells(AUTOMAN000, state_dict, prefix, layers):
         ours = {
-            INPUT: torch.cat([cell[f"Wx{gate}.weight"] for gate in "ifco"]),
-            HIDDEN: torch.cat([cell[f"Wh{gate}.weight"] for gate in "ifco"]),
+            INPUT: join_rows({f"Wx{gate}.weight": cell[f"Wx{gate}.weight"] for gate in "ifco"}),
+            HIDDEN: join_rows({f"Wh{gate}.weight": cell[f"Wh{gate}.weight"] for gate in "ifco"}),
         }
         if "Wxi.bias" in cell:
-            ours["bias"] = torch.cat([cell[f"Wx{gate}.bias"] for gate in "ifco"])
+            ours["bias"] = join_rows({f"Wx{gate}.bias": cell[f"Wx{gate}.bias"] for gate in "ifco"})
         cells.append(ours)
     if peepholes is None:
-        return build(cells, **options)
-    if len(peepholes) != len(cells) or any(len(triple) != 3 for triple in peepholes):
-        raise ValueError(f"peepholes: wanted (Wci, Wcf, Wco) for each of {len(cells)} layers")
+        return build(cells, options)
+    check_peepholes(peepholes, len(cells))
     for cell, triple in zip(cells, peepholes, strict=True):
         cell["peephole"] = torch.cat([w.detach().reshape(1, *w.shape[-3:]) for w in triple])
     size = tuple(cells[0]["peephole"].shape[2:])
-    return build(cells, peephole="pixel", output_peephole="current", image_size=size, **options)
+    return build(cells, options, peephole="pixel", output_peephole="current", image_size=size)
+
+
+def check_peepholes(peepholes: Sequence[Sequence[Tensor]], layers: int) -> None:
+    """``peepholes`` are (Wci, Wcf, Wco), each [1, F, H, W] or [F, H, W], of each of ``layers``.
+
+    Raises:
+        TypeError: one is no tensor. ValueError: there are more or fewer, or a shape is wrong.
+    """
+    wanted = f"wanted (Wci, Wcf, Wco), each [1, F, H, W], for each of {layers} layers"
+    if not isinstance(peepholes, Sequence) or not all(isinstance(triple, Sequence) for triple in peepholes):
+        raise TypeError(f"peepholes: got {type(peepholes).__name__} without three tensors a layer, {wanted}")
+    if len(peepholes) != layers or any(len(triple) != 3 for triple in peepholes):
+        raise ValueError(f"peepholes: got {[len(triple) for triple in peepholes]} tensors by layer, {wanted}")
+    for triple in peepholes:
+        if other := [type(w).__name__ for w in triple if not isinstance(w, Tensor)]:
+            raise TypeError(f"peepholes: got {other[0]}, {wanted}")
+        shapes = [list(w.shape) for w in triple]
+        images = [shape[1:] if len(shape) == 4 and shape[0] == 1 else shape for shape in shapes]
+        if len(images[0]) != 3 or any(image != images[0] for image in images):
+            raise ValueError(f"peepholes: got shapes {shapes}, {wanted}")
 
 
 def from_jhhuang96(state_dict: StateDict, *, prefix: str = "", **options) -> MKConvLSTM:
@@ -137,7 +143,12 @@ def from_jhhuang96(state_dict: StateDict, *, prefix: str = "", **options) -> MKC
     for cell in read_cells(JHHUANG96, state_dict, prefix):
         ours = joint(cell["conv.0.weight"], cell["conv.0.bias"], GATES)
         cells.append(ours | {"gate_norm.weight": cell["conv.1.weight"], "gate_norm.bias": cell["conv.1.bias"]})
-    return build(cells, gate_norm=cells[0]["bias"].shape[0] // 32, **options)
+    rows = cells[0]["bias"].shape[0]
+    groups = rows // 32
+    if groups < 1 or rows % groups:
+        wanted = "wanted at least 32, and as many in each of the norm's 4F // 32 groups"
+        raise ValueError(f"state_dict: got 4F={rows} rows of gates, {wanted}")
+    return build(cells, options, gate_norm=groups)
 
 
 def from_openstl(
@@ -163,7 +174,7 @@ def from_openstl(
                 for part in ("weight", "bias"):
                     ours[f"{ours_side}_transition.branches.0.norm.{part}"] = cell[f"{side}.1.{part}"]
         cells.append(ours)
-    return build(cells, **norm, **options)
+    return build(cells, options, **norm)
 
 
 def from_keras(layer: Any, **options) -> MKConvLSTM:
@@ -176,11 +187,11 @@ def from_keras(layer: Any, **options) -> MKConvLSTM:
 
     Args:
         layer: the layer, built; or [kernel [k, k, C, 4F], recurrent_kernel [k, k, F, 4F]] and perhaps bias [4F].
-        options: of :class:`MKConvLSTM`.
+        options: of :class:`MKConvLSTM`, those in OPTIONS.
 
     Raises:
         ValueError: the layer has a setting that MKConvLSTM has not, is not built, or a shape is wrong.
-        TypeError: it is neither a layer nor a list of weights.
+        TypeError: it is neither a layer nor a list of weights, or an option is not in OPTIONS.
     """
     dilation = (1, 1)
     if hasattr(layer, "get_config") and hasattr(layer, "get_weights"):
@@ -192,7 +203,7 @@ def from_keras(layer: Any, **options) -> MKConvLSTM:
         raise ValueError(f"layer: got {len(layer)} weights, wanted kernel, recurrent kernel and perhaps bias")
     kernel, recurrent, *bias = map(as_tensor, layer)
     cell = {INPUT: from_hwio("kernel", kernel), HIDDEN: from_hwio("recurrent_kernel", recurrent)}
-    return build([cell | ({"bias": bias[0]} if bias else {})], dilation=dilation, **options)
+    return build([cell | ({"bias": bias[0]} if bias else {})], options, dilation=dilation)
 
 
 def check_keras(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -227,76 +238,35 @@ def from_flax(params: Mapping[str, Any], **options) -> MKConvLSTM:
         raise TypeError(f"params: got {type(params).__name__}, wanted a mapping of parameters")
     (cell,) = read_cells(FLAX, {name.removeprefix("params."): as_tensor(leaf) for name, leaf in flatten(params)})
     weights = {ours: from_hwio(name, cell[name]) for ours, name in ((INPUT, "ih.kernel"), (HIDDEN, "hh.kernel"))}
+    if "ih.bias" in cell and cell["ih.bias"].shape != cell["hh.bias"].shape:
+        shapes = [list(cell[f"{side}.bias"].shape) for side in ("ih", "hh")]
+        raise ValueError(f"params: got biases of shapes {shapes}, wanted [4F] twice")
     bias = cell["ih.bias"] + cell["hh.bias"] if "ih.bias" in cell else torch.zeros_like(weights[INPUT][:, 0, 0, 0])
     ours = {name: reorder(t, "igfo") for name, t in (*weights.items(), ("bias", bias))}
     ours["bias"].view(4, -1)[1] += 1
-    return build([ours], **options)
+    return build([ours], options)
 
 
-def read_cells(
-    form: Format, state_dict: StateDict, prefix: str = "", layers: Sequence[int] | None = None
-) -> list[dict[str, Tensor]]:
-    """The weights of each cell by ``form``'s names, ``form.unused`` left out.
+def build(
+    cells: Sequence[dict[str, Tensor]], options: Mapping[str, Any], dilation: tuple[int, int] = (1, 1), **parts
+) -> MKConvLSTM:
+    """The layer whose cells have the state dicts ``cells``.
 
-    Raises:
-        ValueError, TypeError: as :func:`from_ndrplz`.
-    """
-    if isinstance(state_dict, (str, os.PathLike)):
-        state_dict = load(state_dict)
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: got {type(state_dict).__name__}, wanted a mapping of tensors, or a file of one")
-    cells: dict[int, dict[str, Tensor]] = {}
-    heads: dict[int, str] = {}  # what stands before a cell's names
-    unknown = []
-    names = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
-    alone = not any(re.match(form.layer, name) for name in names)
-    for name, full in names.items():
-        match = re.match("()" if alone else form.layer, name)
-        if match is None:
-            unknown.append(full)
-            continue
-        layer = int(match[1] or 0)
-        heads[layer] = prefix + match[0]
-        cells.setdefault(layer, {})[name[match.end() :]] = state_dict[full]
-    wanted = range(max(cells, default=0) + 1) if layers is None else layers
-    if absent := [layer for layer in wanted if layer not in cells]:
-        raise ValueError(f"state_dict: got no weights of layers {absent} with prefix {prefix!r}, got {sorted(cells)}")
-    missing = []
-    for layer in wanted:
-        head, cell = heads[layer], cells[layer]
-        needed = {*form.names, *(form.optional if cell.keys() & {*form.optional} else ())}
-        missing += [head + name for name in sorted(needed - cell.keys())]
-        unknown += [head + name for name in cell if name not in {*needed, *form.unused}]
-    if missing or unknown:
-        raise ValueError(f"state_dict: missing keys {missing}, unknown keys {unknown}")
-    for layer in wanted:
-        for name, t in cells[layer].items():
-            if not isinstance(t, Tensor):
-                raise TypeError(f"state_dict: got {type(t).__name__} for {heads[layer] + name!r}, wanted a tensor")
-    return [{name: t.detach() for name, t in cells[layer].items() if name not in form.unused} for layer in wanted]
-
-
-def load(path: str | os.PathLike) -> object:
-    """What torch.save has written there; nothing in the file is executed. Raises ValueError if it is anything else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever torch's unpickler makes of bytes that nobody wrote for it
-        raise ValueError(f"state_dict: {os.fspath(path)!r} is damaged, or holds more than tensors") from error
-
-
-def build(cells: Sequence[dict[str, Tensor]], dilation: tuple[int, int] = (1, 1), **options) -> MKConvLSTM:
-    """The layer whose cells have the state dicts ``cells``; ``dilation`` is of the input's convolutions alone.
+    ``options`` are the caller's, ``parts`` what the weights demand of MKConvLSTM; ``dilation`` is of the input's
+    convolutions alone.
 
     Raises:
+        TypeError: an option is not in OPTIONS.
         ValueError: a shape is wrong, or differs between layers.
     """
+    if other := sorted(options.keys() - {*OPTIONS}):
+        raise TypeError(f"{other[0]}: got an option that the weights decide, or that has no effect; wanted {OPTIONS}")
     weight = cells[0][INPUT]
     for layer, cell in enumerate(cells):
         shapes = {name: list(t.shape) for name, t in cell.items()}
-        rows, hidden_channels = shapes[INPUT][0], shapes[INPUT][0] // 4
-        if len(shapes[INPUT]) != 4 or rows % 4 or shapes[HIDDEN][:2] != [rows, hidden_channels]:
+        rows = shapes[INPUT][0] if len(shapes[INPUT]) == len(shapes[HIDDEN]) == 4 else 0
+        hidden_channels = rows // 4
+        if rows < 4 or rows % 4 or shapes[HIDDEN][:2] != [rows, hidden_channels]:
             raise ValueError(f"layer {layer}: got shapes {shapes}, wanted [4F, C, k, k] and [4F, F, k, k]")
         wanted = {name: list(t.shape) for name, t in cells[0].items()}
         if layer:
@@ -314,12 +284,12 @@ def build(cells: Sequence[dict[str, Tensor]], dilation: tuple[int, int] = (1, 1)
         {tuple(cells[0][HIDDEN].shape[2:]): hidden_channels},
         num_layers=len(cells),
         bias="bias" in cells[0],
-        **{"dtype": weight.dtype, "device": weight.device, **options},
+        **{"dtype": weight.dtype, "device": weight.device, **options, **parts},
     )
     ours = {f"cells.{k}.{name}": t for k, cell in enumerate(cells) for name, t in cell.items()}
     try:
         layer.load_state_dict(ours)
-    except RuntimeError as error:  # a shape, or an option that wants weights which there are not
+    except RuntimeError as error:  # a shape
         raise ValueError(str(error)) from error
     return layer
 
@@ -327,16 +297,26 @@ def build(cells: Sequence[dict[str, Tensor]], dilation: tuple[int, int] = (1, 1)
 def joint(weight: Tensor, bias: Tensor | None, order: str) -> dict[str, Tensor]:
     """A cell of one convolution over cat[x, h], ``weight`` [4F, C+F, k, k]."""
     weight = reorder(weight, order)
-    channels = weight.shape[1] - weight.shape[0] // 4
+    channels = weight.shape[1] - weight.shape[0] // 4 if weight.dim() == 4 else 0
+    if channels < 1:
+        raise ValueError(f"state_dict: got a weight of {list(weight.shape)}, wanted [4F, C+F, k, k]")
     cell = {INPUT: weight[:, :channels], HIDDEN: weight[:, channels:]}
     return cell if bias is None else cell | {"bias": reorder(bias, order)}
 
 
 def reorder(t: Tensor, order: str) -> Tensor:
     """Rows [4F, ...] that go by gates in ``order``, in ours."""
-    if t.shape[0] % 4:
+    if t.dim() == 0 or t.shape[0] % 4:
         raise ValueError(f"state_dict: got a weight of {list(t.shape)}, wanted a multiple of 4 rows, one a gate")
     return t.unflatten(0, (4, -1))[[order.index(gate) for gate in GATES]].flatten(0, 1)
+
+
+def join_rows(gates: Mapping[str, Tensor]) -> Tensor:
+    """Rows [4F, ...] of four tensors [F, ...] of the same shape, by their names in the state dict."""
+    shapes = {name: list(t.shape) for name, t in gates.items()}
+    if any(not shape or shape != next(iter(shapes.values())) for shape in shapes.values()):
+        raise ValueError(f"state_dict: got shapes {shapes}, wanted the same, [F, ...], for all four gates")
+    return torch.cat(list(gates.values()))
 
 
 def as_tensor(array: Any) -> Tensor:

@@ -268,6 +268,8 @@ def test_layers_of_different_width_are_imported_one_by_one():
 WEIGHTS = {"conv.weight": torch.randn(16, 7, 3, 3), "conv.bias": torch.randn(16)}
 KERNEL, RECURRENT, SHORT = torch.randn(3, 3, 3, 16), torch.randn(3, 3, 4, 16), torch.randn(3)
 ONE_BIAS = {"ih": {"kernel": KERNEL, "bias": KERNEL}, "hh": {"kernel": RECURRENT}}
+TWO_BIASES = {"ih": {"kernel": KERNEL, "bias": KERNEL[0, 0, 0]}, "hh": {"kernel": RECURRENT, "bias": SHORT[:1]}}
+GATES = Automan000(3, 4, 3).state_dict()
 NO_CELL_0 = {f"cell_list.1.{name}": w for name, w in WEIGHTS.items()}
 
 # what: (error, words of the message, importer, its argument, options)
@@ -286,7 +288,29 @@ BAD = {
     "no mapping": (TypeError, "state_dict: got list", convert.from_ndrplz, [], {}),
     "no tensor": (TypeError, "state_dict: got dict for 'conv.weight'", convert.from_ndrplz, {"conv.weight": {}}, {}),
     "rows": (ValueError, "multiple of 4 rows", convert.from_ndrplz, {"conv.weight": torch.randn(15, 7, 3, 3)}, {}),
-    "an option with weights": (ValueError, "Missing key.*mix", convert.from_ndrplz, WEIGHTS, {"mix": "gate"}),
+    "an option with weights": (TypeError, "mix: got an option that the weights decide", convert.from_ndrplz, WEIGHTS, {"mix": "gate"}),
+    "layers to make": (TypeError, "num_layers: got an option", convert.from_ndrplz, WEIGHTS, {"num_layers": 2}),
+    "no bias": (TypeError, "bias: got an option", convert.from_ndrplz, WEIGHTS, {"bias": False}),
+    "kernels": (TypeError, "kernels: got an option", convert.from_torchgeo, WEIGHTS, {"kernels": {3: 4}}),
+    "hidden kernels": (TypeError, "hidden_kernels: got an option", convert.from_ndrplz, WEIGHTS, {"hidden_kernels": {3: 4}}),
+    "no effect": (TypeError, "forget_bias: got an option", convert.from_ndrplz, WEIGHTS, {"forget_bias": 2.0}),
+    "no effect either": (TypeError, "output_peephole: got an option", convert.from_ndrplz, WEIGHTS, {"output_peephole": "current"}),
+    "what keras decides": (TypeError, "dilation: got an option", convert.from_keras, [KERNEL, RECURRENT], {"dilation": 2}),
+    "a number of layers": (TypeError, "layers: got 0, wanted a list", convert.from_ndrplz, WEIGHTS, {"layers": 0}),
+    "no layers": (ValueError, "layers: got none", convert.from_ndrplz, WEIGHTS, {"layers": []}),
+    "1-d weight": (ValueError, r"got a weight of \[16\], wanted \[4F, C\+F", convert.from_ndrplz, {"conv.weight": torch.randn(16)}, {}),
+    "0-d weight": (ValueError, "multiple of 4 rows", convert.from_ndrplz, {"conv.weight": torch.randn(())}, {}),
+    "no input": (ValueError, r"got a weight of \[16, 4, 3, 3\]", convert.from_ndrplz, {"conv.weight": torch.randn(16, 4, 3, 3)}, {}),
+    "1-d weights": (ValueError, "layer 0: got shapes", convert.from_openstl, dict.fromkeys(convert.OPENSTL.names, torch.randn(16)), {}),
+    "gates that differ": (ValueError, "got shapes .*Wxi.*the same", convert.from_automan000, {**GATES, "Wxi.weight": SHORT}, {}),
+    "biases that differ": (ValueError, r"biases of shapes \[\[16\], \[1\]\]", convert.from_flax, TWO_BIASES, {}),
+    "few gates": (ValueError, "got 4F=16 rows of gates, wanted at least 32", convert.from_jhhuang96, Joint(3, 4, (3, 3), groups=1).state_dict(), {}),
+    "under state_dict": (ValueError, "the weights are under 'state_dict'", convert.from_ndrplz, {"epoch": 3, "state_dict": WEIGHTS}, {}),
+    "prefixed": (ValueError, r"did you mean prefix='module.'\?", convert.from_ndrplz, {f"module.{n}": w for n, w in WEIGHTS.items()}, {}),
+    "layers, prefixed": (ValueError, r"did you mean prefix='module.'\?", convert.from_ndrplz, {f"module.{n}": w for n, w in NO_CELL_0.items()}, {}),
+    "prefix too much": (ValueError, r"did you mean prefix=''\?", convert.from_ndrplz, WEIGHTS, {"prefix": "x."}),
+    "several prefixes": (ValueError, r"prefix='a.' or prefix='b.'\?", convert.from_ndrplz, {f"{p}.{n}": w for p in "ab" for n, w in WEIGHTS.items()}, {}),
+    "flax has no prefix": (ValueError, r"unknown keys \['cell.hh.kernel', 'cell.ih.kernel'\]$", convert.from_flax, {"cell": {"hh": {"kernel": RECURRENT}, "ih": {"kernel": KERNEL}}}, {}),
     "one of two biases": (ValueError, r"missing keys \['hh.bias'\]", convert.from_flax, ONE_BIAS, {}),
     "flax module": (TypeError, "params: got int", convert.from_flax, 1, {}),
     "even kernel": (ValueError, "wanted odd", convert.from_keras, [KERNEL[:2], RECURRENT], {}),
@@ -295,13 +319,12 @@ BAD = {
     "bias": (ValueError, "size mismatch for cells.0.bias", convert.from_keras, [KERNEL, RECURRENT, SHORT], {}),
     "one weight": (ValueError, "got 1 weights", convert.from_keras, [KERNEL], {}),
     "no layer": (TypeError, "layer: got int", convert.from_keras, 3, {}),
-    "peepholes of no layer": (
-        ValueError,
-        "peepholes: wanted .* of 1 layers",
-        convert.from_automan000,
-        Automan000(3, 4, 3).state_dict(),
-        {"peepholes": []},
-    ),
+    "peepholes of no layer": (ValueError, "peepholes: got .* of 1 layers", convert.from_automan000, GATES, {"peepholes": []}),
+    "no list of peepholes": (TypeError, "peepholes: got int", convert.from_automan000, GATES, {"peepholes": 3}),
+    "a layer without peepholes": (TypeError, "peepholes: got list", convert.from_automan000, GATES, {"peepholes": [None]}),
+    "peepholes of None": (TypeError, "peepholes: got NoneType, wanted", convert.from_automan000, GATES, {"peepholes": [[None] * 3]}),
+    "1-d peepholes": (ValueError, "peepholes: got shapes", convert.from_automan000, GATES, {"peepholes": [[SHORT] * 3]}),
+    "peepholes of a batch": (ValueError, "peepholes: got shapes", convert.from_automan000, GATES, {"peepholes": [[torch.randn(2, 4, 6, 5)] * 3]}),
 }  # fmt: skip
 
 

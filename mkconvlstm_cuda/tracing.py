@@ -176,6 +176,8 @@ for _name, _kernel, _fake in (
     torch.library.register_fake(f"mkconvlstm::{_name}", _fake, lib=_library)
 torch.library.register_autograd("mkconvlstm::layer", _differentiate, setup_context=_save, lib=_library)
 
+operations = torch.ops.mkconvlstm
+
 
 def layer(
     backend: str,

@@ -19,10 +19,10 @@ def widened(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     """Tensors with contiguous last dimensions as tensors of the widest elements, up to 16 bytes, that fit them all.
 
     A copy moves element by element where dimensions are permuted; so it moves up to eight half-precision numbers at
-    once. Where autograd has to see the copy, and where nothing fits, ``parts`` themselves.
+    once. Where autograd or TorchScript has to see the copy, and where nothing fits, ``parts`` themselves.
     """
     size = parts[0].element_size()
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
+    if torch.jit.is_tracing() or (torch.is_grad_enabled() and any(p.requires_grad for p in parts)):
         return parts
     for wide in (torch.complex128, torch.int64, torch.int32):
         many = wide.itemsize // size

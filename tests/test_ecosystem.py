@@ -126,6 +126,19 @@ def test_exported_program_trains_and_takes_any_batch_and_length(tmp_path):
         torch.testing.assert_close(loaded.get_parameter(name).grad, p.grad)
 
 
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_torchscript_traces_the_reference_alone(tmp_path, with_grad):
+    """As docs/export.md says: one length, any batch and image size."""
+    layer = MKConvLSTM(2, {3: 4, 5: 4}, backend="reference")
+    with torch.set_grad_enabled(with_grad):
+        torch.jit.trace(layer, torch.randn(2, 5, 2, 8, 8)).save(tmp_path / "layer.pt")
+        x = torch.randn(3, 5, 2, 7, 9)
+        torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(x)[0], layer(x)[0])
+        layer.cells[0].backend = "auto"
+        with pytest.raises(RuntimeError, match="unsupported input list type"):
+            torch.jit.trace(layer, torch.randn(2, 5, 2, 8, 8))
+
+
 def func_gradients(layer, parameters, x):
     return torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,))[0].square().mean())(parameters)
 

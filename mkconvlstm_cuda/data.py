@@ -201,6 +201,9 @@ def patchify(x: Tensor, patch_size: int = 4) -> Tensor:
     """
     if patch_size < 1 or x.dim() < 3 or x.shape[-1] % patch_size or x.shape[-2] % patch_size:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., C, H, W] with H and W multiples of {patch_size}")
+    if x.numel() == 0:  # torch leaves such a tensor's shape as it is
+        *batch, channels, height, width = x.shape
+        return x.reshape(*batch, channels * patch_size**2, height // patch_size, width // patch_size)
     return F.pixel_unshuffle(x, patch_size)
 
 
@@ -211,6 +214,9 @@ def unpatchify(x: Tensor, patch_size: int = 4) -> Tensor:
     """
     if patch_size < 1 or x.dim() < 3 or x.shape[-3] % patch_size**2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., C, H, W] with C a multiple of {patch_size**2}")
+    if x.numel() == 0:
+        *batch, channels, height, width = x.shape
+        return x.reshape(*batch, channels // patch_size**2, height * patch_size, width * patch_size)
     return F.pixel_shuffle(x, patch_size)
 
 

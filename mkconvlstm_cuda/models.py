@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .attention import FlowAttention
 from .data import patchify, unpatchify
+from .functional import check_tensor
 from .layer import MKConvLSTM
 from .transition import Kernels
 
@@ -38,6 +39,7 @@ class Forecaster(nn.Module):
 
     Raises:
         ValueError: an argument is out of its range, or one that a forecaster sets itself (batch_first, bidirectional).
+        TypeError: `attention` is no FlowAttention, or `kernels` is of no kind that MKConvLSTM takes.
     """
 
     def __init__(
@@ -62,6 +64,9 @@ class Forecaster(nn.Module):
         channels = in_channels * patch_size**2
         options = {"num_layers": num_layers, **layer_options}
         self.encoder = MKConvLSTM(channels, kernels, attention=attention, **options)
+        if attention is not None and attention.flow_channels % patch_size**2:
+            wanted = f"2 * patch_size**2 = {2 * patch_size**2}, since the flow is patched as the frames are"
+            raise ValueError(f"attention: got flow_channels={attention.flow_channels}, wanted {wanted}")
         self.decoder = MKConvLSTM(channels if conditional else 1, kernels, **options)
         placement = {name: layer_options.get(name) for name in ("device", "dtype")}
         self.readout = nn.Conv2d(self.encoder.hidden_channels, channels, kernel_size=1, **placement)
@@ -82,27 +87,11 @@ class Forecaster(nn.Module):
             [B, T_out, C, H, W], in the dtype that the layers compute in.
 
         Raises:
-            ValueError: a shape does not fit; the message names the argument.
+            ValueError: a shape or `horizon` does not fit; the message names the argument.
+            TypeError: an argument is no tensor, or of a dtype that is not floating point.
         """
+        self._check(past, horizon, flow, targets)
         p = self.patch_size
-        if (
-            past.dim() != 5
-            or past.shape[1] < 1
-            or past.shape[2] != self.in_channels
-            or any(n % p for n in past.shape[3:])
-        ):
-            wanted = f"[B, T_in, {self.in_channels}, H, W], T_in at least 1, H and W multiples of {p}"
-            raise ValueError(f"past: got shape {tuple(past.shape)}, wanted {wanted}")
-        if flow is not None and (flow.dim() != 5 or flow.shape[:2] + flow.shape[3:] != past.shape[:2] + past.shape[3:]):
-            wanted = [*past.shape[:2], 2, *past.shape[3:]]
-            raise ValueError(f"flow: got shape {tuple(flow.shape)}, wanted {wanted}")
-        if horizon < 1:
-            raise ValueError(f"horizon: got {horizon}, wanted at least 1")
-        if targets is not None and not self.conditional:
-            raise ValueError("targets: got a tensor, but only a conditional forecaster reads them")
-        if targets is not None and targets.shape != (past.shape[0], horizon, *past.shape[2:]):
-            wanted = [past.shape[0], horizon, *past.shape[2:]]
-            raise ValueError(f"targets: got shape {tuple(targets.shape)}, wanted {wanted}")
         past, flow = patchify(past, p), None if flow is None else patchify(flow, p)
         _, state = self.encoder(past, flow=flow)
         if not self.conditional:
@@ -129,6 +118,25 @@ class Forecaster(nn.Module):
         follow the module's mode: call `eval()` first.
         """
         return self(past, horizon, flow=flow).sigmoid()
+
+    def _check(self, past: Tensor, horizon: int, flow: Tensor | None, targets: Tensor | None) -> None:
+        """The arguments of `forward` fit; raises as it says."""
+        check_tensor("past", past, ("B", "T", "C", "H", "W"), {"C": self.in_channels})
+        batch, steps, channels, height, width = past.shape
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"past: got shape {list(past.shape)}, wanted H and W multiples of {self.patch_size}")
+        if flow is not None:
+            wanted = {"B": batch, "T_in": steps, "flow_channels": 2, "H": height, "W": width}
+            if (attention := self.encoder.cells[0].attention) is not None:
+                wanted["flow_channels"] = attention.flow_channels // self.patch_size**2
+            check_tensor("flow", flow, tuple(wanted), wanted)
+        if not isinstance(horizon, int) or horizon < 1:
+            raise ValueError(f"horizon: got {horizon!r}, wanted an integer of at least 1")
+        if targets is not None and not self.conditional:
+            raise ValueError("targets: got a tensor, but only a conditional forecaster reads them")
+        if targets is not None:
+            wanted = {"B": batch, "T_out": horizon, "C": channels, "H": height, "W": width}
+            check_tensor("targets", targets, tuple(wanted), wanted)
 
     def _read(self, hidden: Tensor) -> Tensor:
         """Logits [B, T, channels, H, W] of hidden maps [B, T, F, H, W]."""

@@ -177,6 +177,13 @@ def test_patchify_round_trip(shape):
     assert torch.equal(patchify(x, 1), x)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 8, 12), (2, 0, 3, 8, 12), (0, 8, 4)])
+def test_patchify_of_nothing(shape):
+    patches = patchify(torch.rand(shape), 4)
+    assert patches.shape == (*shape[:-3], 16 * shape[-3], shape[-2] // 4, shape[-1] // 4)
+    assert unpatchify(patches, 4).shape == shape
+
+
 def test_patchify_refuses_odd_sizes():
     with pytest.raises(ValueError, match="multiples of 4"):
         patchify(torch.rand(1, 8, 9), 4)

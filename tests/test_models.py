@@ -30,6 +30,19 @@ def test_shapes_and_gradients(conditional, channels, patch, layers):
         assert sum(parameter.grad.abs().sum() for parameter in part.parameters()) > 0
 
 
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("patch", [1, 4])
+def test_an_empty_batch_of_past_frames_has_an_empty_forecast(conditional, patch):
+    attention = FlowAttention(2 * patch**2)
+    model = Forecaster(1, KERNELS, patch_size=patch, conditional=conditional, attention=attention)
+    past, flow, future = clip(0, 2, 1, 16, 8).requires_grad_(), clip(0, 2, 2, 16, 8), clip(0, 4, 1, 16, 8)
+    logits = model(past, 4, flow=flow, targets=future if conditional else None)
+    assert logits.shape == model.forecast(past, 4, flow=flow).shape == future.shape
+    logits.sum().backward()
+    assert past.grad.shape == past.shape
+    assert not model.readout.weight.grad.any()
+
+
 @pytest.mark.parametrize("patch", [1, 2])
 def test_kernels_may_be_branches_and_options_reach_both_layers(patch):
     branches = [Branch(3, 2, bottleneck=4), Branch(5, 3)]
@@ -100,6 +113,7 @@ def test_bfloat16_autocast():
         ({"num_layers": 0}, "num_layers: got 0"),
         ({"bidirectional": True}, "bidirectional"),
         ({"batch_first": False}, "batch_first"),
+        ({"attention": FlowAttention()}, r"attention: got flow_channels=2, wanted 2 \* patch_size\*\*2 = 32"),
     ],
 )
 def test_refuses_what_makes_no_sense(options, message):
@@ -117,8 +131,15 @@ def test_names_the_argument_of_a_wrong_shape():
         plain(clip(1, 2, 1, 8, 6), 2)
     with pytest.raises(ValueError, match="flow: got shape"):
         plain(past, 2, flow=clip(1, 2, 2, 8, 4))
-    with pytest.raises(ValueError, match="horizon: got 0"):
-        plain(past, 0)
+    seeing = Forecaster(1, KERNELS, attention=FlowAttention(2 * 16))
+    with pytest.raises(ValueError, match=r"flow: got shape \[1, 2, 3, 8, 8\], wanted .*flow_channels=2"):
+        seeing(past, 2, flow=clip(1, 2, 3, 8, 8))
+    for wrong in (0, 4.5, "4", None):
+        with pytest.raises(ValueError, match=f"horizon: got {wrong!r}, wanted an integer"):
+            plain(past, wrong)
+    for name in ("past", "flow", "targets"):
+        with pytest.raises(TypeError, match=f"{name}: got list, wanted a torch.Tensor"):
+            conditional(**{"past": past, "horizon": 2, name: [past]})
     with pytest.raises(ValueError, match="only a conditional forecaster"):
         plain(past, 2, targets=past)
     with pytest.raises(ValueError, match="targets: got shape"):

@@ -2,14 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import flops, functional
+from . import flops as flops  # torch's counter knows our operations from here on
+from . import functional
 from .attention import FlowAttention
 from .cell import MKConvLSTMCell
 from .dispatch import names as backends
 from .layer import MKConvLSTM
 from .transition import Branch, Transition, inception_branches
-
-flops.register_when_imported()
 
 try:
     __version__ = version("mkconvlstm_cuda")

@@ -5,15 +5,14 @@ As torch counts convolutions: two for each product of a direct convolution, zero
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder
 from math import prod
+
+from torch.utils.flop_counter import register_flop_formula
 
 from . import tracing
 from .convolution import TransitionWeights
 
-COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
@@ -55,32 +54,5 @@ def layer_backward(x, z, h_0, c_0, peephole, bias, given, lengths, present, *set
     return total + (products(x, given) if recompute else 0)
 
 
-class Finder:
-    """Has :func:`register` run right after the counter is imported, which alone takes longer than this package."""
-
-    @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None = None, target=None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path, target) if name == COUNTER else None
-        if spec is not None:
-            execute = spec.loader.exec_module
-
-            def and_register(module):
-                execute(module)
-                register(module)
-
-            spec.loader.exec_module = and_register
-        return spec
-
-
-def register(counter) -> None:
-    """Make the formulas known to ``counter``, the module."""
-    for formula in (sequence_forward, sequence_backward, layer, layer_backward):
-        counter.register_flop_formula(getattr(tracing.operations, formula.__name__))(formula)
-
-
-def register_when_imported() -> None:
-    """:func:`register` now if the counter has been imported, else once it is."""
-    if COUNTER in sys.modules:
-        register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, Finder)
+for _formula in (sequence_forward, sequence_backward, layer, layer_backward):
+    register_flop_formula(getattr(tracing.operations, _formula.__name__))(_formula)

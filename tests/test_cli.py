@@ -5,10 +5,10 @@ import re
 import sys
 
 import pytest
+from mkconvlstm_cuda.bench.workloads import WORKLOADS
 from typer.testing import CliRunner
 
 from mkconvlstm_cuda import __version__, cli, dispatch, library
-from mkconvlstm_cuda.bench.workloads import WORKLOADS
 
 
 @pytest.fixture(autouse=True)

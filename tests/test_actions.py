@@ -108,6 +108,12 @@ def test_experiment_runs(tmp_path):
         assert len(settings["seeds"]) >= 3
 
 
+def test_experiment_wants_a_clip_of_each_class(tmp_path):
+    tiny = {"seeds": [0], "steps": 1, "batch_size": 3, "test_clips": 7}
+    with pytest.raises(ValueError, match="test_clips: got 7, wanted one of each of 8 classes"):
+        experiments.run(table1_actions.EXPERIMENT, tmp_path, quick=True, settings=tiny, device=torch.device("cpu"))
+
+
 def test_experiment_is_judged_by_accuracy():
     settings = table1_actions.FULL
 

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from mkconvlstm_cuda import cli, experiments
+from mkconvlstm_cuda.experiments import settings
 from mkconvlstm_cuda.experiments.claims import Claim, interval
 from mkconvlstm_cuda.experiments.experiment import Experiment, Measured
 
@@ -79,6 +80,25 @@ def test_a_number_is_judged_by_its_interval(values, verdict):
     assert Claim.within("two", "here", "x", values, 1.9, 2.1).verdict == verdict
 
 
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_settings_of_its_own_are_taken(name):
+    experiment = experiments.EXPERIMENTS[name]
+    for own in (experiment.full, experiment.quick):
+        own = json.loads(json.dumps(own))
+        for chosen in (own, {**own, "seeds": [5]}):
+            settings.check(chosen, own)
+            settings.rehearse(experiment, chosen, ["seeds"])
+
+
+def test_settings_are_numbers_of_the_same_kind():
+    settings.compare("speed", 3, [4.0])
+    settings.compare("bias", -1, [0.0])
+    settings.compare("mix", "full", [None, "gate"])
+    for value, example in ((2.5, 4), (True, 4), (0, 4), (-1.0, 4.0), (float("inf"), 4.0), ("4", 4), (None, 4)):
+        with pytest.raises(ValueError, match=r"steps: got .*, wanted "):
+            settings.compare("steps", value, [example])
+
+
 def test_runs_that_are_done_are_not_done_again(tmp_path):
     done = []
     with pytest.raises(KeyboardInterrupt):
@@ -103,6 +123,12 @@ def test_resume_takes_more_seeds_and_refuses_other_settings(tmp_path):
     told = experiments.run(fake(done), tmp_path, resume=True, settings={"seeds": [0, 5]})
     assert done == [("{3,5}", 0), ("3,5", 0), ("{3,5}", 5), ("3,5", 5)]
     assert len(told["runs"]) == 4
+    kept = tmp_path / "fake" / "settings.json"
+    before = kept.read_text()
+    kept.write_text("{")
+    with pytest.raises(ValueError, match=r"resume: \S*settings\.json is damaged"):
+        experiments.run(fake(done), tmp_path, resume=True)
+    kept.write_text(before)
     with pytest.raises(ValueError, match="other settings: steps"):
         experiments.run(fake(done), tmp_path, resume=True, settings={"steps": 1})
     with pytest.raises(ValueError, match="other settings: 3,5"):

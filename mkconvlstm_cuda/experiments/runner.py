@@ -148,7 +148,10 @@ def _prepare(folder: Path, settings: dict, resume: bool, overwrite: bool) -> Non
     kept, runs = folder / "settings.json", folder / "runs"
     check_choice(runs if any(runs.glob("*.json")) else None, resume, overwrite)
     if resume and kept.is_file():
-        theirs = json.loads(kept.read_text())
+        try:
+            theirs = json.loads(kept.read_text())
+        except ValueError as error:
+            raise ValueError(f"resume: {kept} is damaged: {error}") from error
         differing = [
             k for k in sorted({*theirs, *settings} - {"seeds", "variants"}) if theirs.get(k) != settings.get(k)
         ]

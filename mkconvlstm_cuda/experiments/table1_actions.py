@@ -59,6 +59,8 @@ def measure(settings: Settings, variant: str, seed: int, device: torch.device, p
     names = ("directions", "speeds", "num_frames", "image_size", "digit_size")
     options = {name: settings[name] for name in names}
     training, test = (MovingActions(split=split, seed=seed, device=device, **options) for split in ("train", "test"))
+    if settings["test_clips"] < test.num_classes:
+        raise ValueError(f"test_clips: got {settings['test_clips']}, wanted one of each of {test.num_classes} classes")
     torch.manual_seed(seed)
     model = VideoClassifier(
         settings["patch_size"] ** 2,

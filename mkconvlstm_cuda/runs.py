@@ -26,7 +26,8 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.devic
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # whatever torch's unpickler makes of bytes that nobody wrote for it
-        raise ValueError(f"resume: {path} is no checkpoint: {str(error).partition(chr(10))[0]}") from error
+        why = f"it is damaged, or holds more than tensors ({type(error).__name__})"
+        raise ValueError(f"resume: {path} is no checkpoint: {why}") from error
     if not isinstance(state, dict) or not isinstance(state.get("settings"), str):
         raise ValueError(f"resume: {path} is no checkpoint of this program: it holds no settings")
     theirs, ours = json.loads(state["settings"]), json.loads(json.dumps(settings))

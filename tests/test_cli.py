@@ -175,8 +175,11 @@ def test_a_device_that_is_not_there_is_an_error():
         ('experiment fig3-speed --quick --set steps="x"', "steps: got 'x', wanted an integer"),
         ("experiment fig3-speed --quick --set steps=2.5", "steps: got 2.5, wanted an integer"),
         ("experiment fig3-speed --quick --set steps=true", "steps: got True, wanted an integer"),
-        ("experiment fig3-speed --quick --set steps=-1", "steps: got -1, wanted a positive number"),
-        ("experiment fig3-speed --quick --set learning_rate=NaN", "learning_rate: got nan, wanted a positive number"),
+        ("experiment fig3-speed --quick --set steps=-1", "steps: got -1, wanted a number of at least 1"),
+        (
+            "experiment fig3-speed --quick --set learning_rate=NaN",
+            "learning_rate: got nan, wanted a number of at least 0",
+        ),
         ("experiment fig3-speed --quick --set image_size=null", "image_size: got None, wanted an integer"),
         ("experiment fig3-speed --quick --set test_clips=3", "test_clips: got 3, wanted at least batch_size"),
         ('experiment fig3-speed --quick --set variants={"a":3}', "variants: a: got 3, wanted an object"),

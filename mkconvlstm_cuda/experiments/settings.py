@@ -40,7 +40,7 @@ def check(settings: Settings, defaults: Settings) -> None:
 def compare(name: str, value: Any, examples: Collection[Any]) -> None:
     """Raises ValueError unless `value` has the JSON type and structure of one of `examples`, and is in its range.
 
-    Integers are at least 1, other numbers at least 0, unless an example is less.
+    Where all examples are positive, integers are at least 1, other numbers at least 0.
     """
     kinds = {type(example) for example in examples}
     if type(value) not in kinds and not (type(value) is int and float in kinds):
@@ -48,7 +48,7 @@ def compare(name: str, value: Any, examples: Collection[Any]) -> None:
         raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
     same = [example for example in examples if isinstance(example, (int, float) if type(value) is int else type(value))]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        least = min(0 if float in kinds else 1, *same)
+        least = -math.inf if min(same) <= 0 else 0 if float in kinds else 1
         if not math.isfinite(value) or value < least:
             raise ValueError(f"{name}: got {value}, wanted a number of at least {least}")
     if isinstance(value, (list, dict)) and not value:

@@ -39,6 +39,7 @@ def sequence_backward(gates, h, c, hidden, dilations, mix_tanh, h_0, *_, **__) -
 
 
 def layer(x, z, h_0, c_0, peephole, bias, given, *_, **__) -> int:
+    """Of all steps, by the weights of both transitions."""
     return products(x, given)
 
 

@@ -120,7 +120,11 @@ class MKConvLSTM(nn.Module):
 
     @property
     def backend(self) -> str:
-        """ "auto", or the backend that is to serve; setting it sets that of all cells."""
+        """What is to serve, a backend's name or "auto"; setting it sets that of all cells.
+
+        Raises:
+            ValueError: there is no backend of the name that is set.
+        """
         return self.cells[0].backend
 
     @backend.setter

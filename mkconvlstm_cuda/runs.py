@@ -26,7 +26,7 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.devic
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # whatever torch's unpickler makes of bytes that nobody wrote for it
-        why = f"it is damaged, or holds more than tensors ({type(error).__name__})"
+        why = f"it is damaged, or holds more than tensors ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         raise ValueError(f"resume: {path} is no checkpoint: {why}") from error
     if not isinstance(state, dict) or not isinstance(state.get("settings"), str):
         raise ValueError(f"resume: {path} is no checkpoint of this program: it holds no settings")

@@ -155,7 +155,16 @@ void bind_sequence_plan(py::module_& m) {
         const Tiling::Pixel pixel = t.pixel(t.place(tile), row);
         return pixel.exists() ? pixel.index : -1;
       }, "Of the batch, or -1.", "tile"_a, "row"_a)
-      .def("box_row", &Tiling::box_row, "row"_a);
+      .def("box_row", &Tiling::box_row, "row"_a)
+      .def(
+          "neighbours",
+          [](const Tiling& t, int tile) {
+            const sm90::Neighbours near(t, t.place(tile));
+            py::list result;
+            for (int i = 0; i < near.count(); ++i) result.append(near.tile(i));
+            return result;
+          },
+          "Tiles that a tile's box touches.", "tile"_a);
   bind_plan<ForwardPlan>(m, "ForwardPlan", "How the recurrence runs forward on Hopper.")
       .def_property_readonly("groups", &groups)
       .def_property_readonly("boxes", &boxes)

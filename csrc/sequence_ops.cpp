@@ -12,7 +12,8 @@ namespace mkconvlstm {
 
 namespace {
 
-// data: 16-bit elements; the last dimension is contiguous, strides: of the others, in elements.
+// data: float16, bfloat16 or float32; the last dimension is contiguous, strides: of the others, in elements. Those that
+// are not in the order of their size are beyond what the driver's manual says of them, and work.
 template <size_t kDimensions>
 CUtensorMap tensor_map(const char* op, void* data, DType dtype, std::array<int64_t, kDimensions> sizes,
                        std::array<int64_t, kDimensions - 1> strides, std::array<int, kDimensions> box,
@@ -32,11 +33,13 @@ CUtensorMap tensor_map(const char* op, void* data, DType dtype, std::array<int64
     extents[i] = static_cast<cuuint64_t>(sizes[from]);
     boxes[i] = static_cast<cuuint32_t>(box[from]);
     steps[i] = 1;
-    if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(strides[from]) * 2;
+    if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(strides[from]) * (dtype == DType::kFloat32 ? 4 : 2);
   }
+  const CUtensorMapDataType type = dtype == DType::kFloat32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                   : dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
-      encode(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             kDimensions, data, extents, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      encode(&map, type, kDimensions, data, extents, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   STD_TORCH_CHECK(result == CUDA_SUCCESS, op, ": cuTensorMapEncodeTiled failed with error ", static_cast<int>(result));
   return map;
@@ -58,7 +61,15 @@ CUtensorMap gates_map(const char* op, void* z, DType dtype, int64_t steps, int64
   return tensor_map<5>(op, static_cast<char*>(z) + 2 * group.first_in_branch, dtype,
                        {steps * t.images, 4, t.height, t.width, group.channels},
                        {t.height * line, branch_channels, line, pixel},
-                       {1, 4, t.patch_height(), t.patch_width(), sm90::kGroupColumns / 4}, CU_TENSOR_MAP_SWIZZLE_NONE);
+                       {1, 4, t.patch_height(), t.patch_width(), sm90::kChunkChannels}, CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
+// Chunks of cells [steps * images, height, width, hidden].
+CUtensorMap cells_map(const char* op, const void* cells, DType dtype, int64_t steps, int64_t hidden,
+                      const sm90::Tiling& t) {
+  return tensor_map<4>(op, const_cast<void*>(cells), dtype, {steps * t.images, t.height, t.width, hidden},
+                       {int64_t{t.height} * t.width * hidden, t.width * hidden, hidden},
+                       {1, t.patch_height(), t.patch_width(), sm90::kChunkChannels}, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 // What both passes know of a sequence.
@@ -69,11 +80,9 @@ Pass new_pass(const Plan& plan, const Sizes& sizes) {
   pass.steps = static_cast<int>(sizes.steps);
   pass.hidden = static_cast<int>(sizes.hidden);
   pass.images = sm90::Images::of(static_cast<int>(sizes.height), static_cast<int>(sizes.width));
-  pass.pixels = static_cast<int>(sizes.batch) * pass.images.pixels.value;
   pass.tiles_m = plan.tiles_m;
   pass.tiles_n = plan.tiles_n;
   pass.period = plan.dealing.period;
-  pass.shares_cells = plan.dealing.rotates();
   return pass;
 }
 
@@ -89,8 +98,10 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   const torch::stable::accelerator::DeviceGuard guard(checker.device());
   const ForwardPlan plan = plan_forward(branches.problem, device_limits(checker.device(), op));
   auto forward = new_pass<sm90::Forward>(plan, sizes);
+  forward.pixels = static_cast<int>(sizes.batch) * forward.images.pixels.value;
+  forward.shares_cells = plan.dealing.rotates();
   sm90::ForwardMaps maps{};
-  for (int g = 0; g < 2; ++g) {
+  for (int g = 0; g < sm90::kGroups; ++g) {
     const ColumnGroup& group = plan.groups[g];
     forward.groups[g] = {group.first_hidden, group.channels};
     if (group.channels > 0)
@@ -112,6 +123,8 @@ void sm90_forward(Tensor z_0, OptionalTensor z_1, Tensor weight_0, OptionalTenso
   forward.c_0 = checker.read<const float>(c_0, "c_0", state_elements, single);
   forward.has_h_0 = h_0.has_value();
   forward.keep = keep;
+  const sm90::Tiling& tiling = plan.program.tiling;
+  forward.quads = (tiling.height > 1 ? tiling.width : sizes.height * sizes.width) % 4 == 0;
 
   const cudaStream_t stream = current_stream(checker);
   sm90::pack(plan, branches.problem, branches.weights, static_cast<char*>(packed.data_ptr()), stream);
@@ -155,12 +168,17 @@ void sm90_backward(Tensor gates_0, OptionalTensor gates_1, Tensor weight_0, Opti
   const cudaStream_t stream = current_stream(checker);
   sm90::pack(plan, branches.problem, branches.weights, static_cast<char*>(packed.data_ptr()), stream);
   check_cuda(cudaMemsetAsync(backward.summed, 0, counters.numel(), stream), op);
-  CUtensorMap maps[2];
-  for (size_t r = 0; r < 2; ++r) {
-    const int part = r < branches.problem.branches.size() ? static_cast<int>(r) : 0;
-    maps[r] = box_map(op, backward.parts[part].gates, checker.dtype(), backward.steps,
-                      4 * backward.parts[part].channels, plan.program);
+  const sm90::Tiling& tiling = plan.program.tiling;
+  sm90::BackwardMaps maps{};
+  for (size_t r = 0; r < branches.problem.branches.size(); ++r) {
+    const sm90::GatePart& part = backward.parts[r];
+    const ColumnGroup all{static_cast<int>(r), 0, part.first_hidden, part.channels};
+    maps.boxes[r] = box_map(op, part.gates, checker.dtype(), backward.steps, 4 * part.channels, plan.program);
+    maps.gates[r] = gates_map(op, part.gates, checker.dtype(), backward.steps, part.channels, all, tiling);
   }
+  const DType type = backward.c_is_half ? checker.dtype() : DType::kFloat32;
+  maps.cells = cells_map(op, backward.c, type, backward.steps, backward.hidden, tiling);
+  if (backward.c_0 != nullptr) maps.c_0 = cells_map(op, backward.c_0, DType::kFloat32, 1, backward.hidden, tiling);
   sm90::launch(backward, maps, checker.dtype(), plan.dealing.blocks(), plan.shared_memory, stream);
   check_cuda(cudaGetLastError(), op);
 }

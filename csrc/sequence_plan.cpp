@@ -159,7 +159,7 @@ void fill_runs(const std::vector<Step>& steps, int consumer, bool waits_for_cell
     }
     unit += units;
   };
-  // A consumer may be ahead of the other by the whole ring of weights, but not by a tile.
+  // A consumer may be ahead of the other by the whole ring of weights.
   const bool may_delay = consumer > 0 && program.stages_per_tile > 2 * program.stages;
   size_t last_both = 0;
   for (size_t i = 0; i < steps.size(); ++i)
@@ -198,7 +198,16 @@ std::vector<GateBox> fill_backward_units(const SequenceProblem& problem, Program
   return boxes;
 }
 
-int sum_bytes(int batch) { return kBatchBarrierBytes + kSumBatches * batch * kChunkBytes; }
+// What finishers have in shared memory.
+int finisher_bytes(int batch) { return kSumBarrierBytes + kSumBatches * batch * kChunkBytes + kStagedChunkBytes; }
+
+// Of all hidden channels, each branch's by themselves: TMA fetches what is of one branch. Where both have an odd number
+// of eights, that is a chunk more than it could be, and at worst a tile.
+int all_chunks(const SequenceProblem& problem) {
+  int chunks = 0;
+  for (const BranchShape& branch : problem.branches) chunks += ceil_div(branch.channels, kChunkChannels);
+  return chunks;
+}
 
 int most_pieces(const Program& program) { return std::min(kMaxPieces, program.stages_per_tile); }
 
@@ -261,12 +270,13 @@ BackwardPlan plan_columns(const SequenceProblem& problem, const HopperLimits& li
     program.radius_x = std::max(program.radius_x, static_cast<int>(branch.kernel_width / 2));
     if (branch.kernel_height * branch.kernel_width > kMaxTaps) refuse("the kernel is too large");
   }
-  choose_tiling(problem, limits, sum_bytes(1), program);
+  choose_tiling(problem, limits, finisher_bytes(1), program);
   program.columns = columns;
   program.stage_units = program.columns == Columns::kBoth ? 1 : 2;
   program.chunks = (program.columns == Columns::kBoth ? 2 : 1) * kGroupColumns / kChunkChannels;
   plan.tiles_m = pixel_tiles(program);
-  plan.tiles_n = ceil_div(problem.hidden(), program.chunks * kChunkChannels);
+  program.first_chunks = ceil_div(problem.branches[0].channels, kChunkChannels);
+  plan.tiles_n = ceil_div(all_chunks(problem), program.chunks);
 
   const std::vector<GateBox> boxes = fill_backward_units(problem, program);
   const int units = static_cast<int>(boxes.size());
@@ -275,16 +285,17 @@ BackwardPlan plan_columns(const SequenceProblem& problem, const HopperLimits& li
   if (pieces == 0) pieces = choose_pieces(program, tiles, limits.multiprocessors);
   if (pieces < 1 || pieces > most_pieces(program)) refuse("a tile cannot be cut into so many pieces");
   cut(boxes, pieces, program);
-  program.batch = std::min(pieces, kMostBatch);
-  const auto stages = [&] { return stages_beside(limits, sum_bytes(program.batch), kBackwardBoxes, program); };
-  while (program.batch > 1 && stages() < kMinStages) --program.batch;
-  divide_shared_memory(limits, sum_bytes(program.batch), kBackwardBoxes, program);
+  program.batch = std::min(ceil_div(pieces, kSumBatches), kMostBatch);
+  const auto reserved = [&] { return finisher_bytes(program.batch); };
+  const auto stages = [&] { return stages_beside(limits, reserved(), kBackwardBoxes, program); };
+  while (program.batch > 1 && stages() < kEnoughStages) --program.batch;
+  divide_shared_memory(limits, reserved(), kBackwardBoxes, program);
 
   const int64_t items = tiles * pieces;
   if (items > std::numeric_limits<int32_t>::max() / (kTileRows * program.chunks * kChunkChannels))
     refuse("too many tiles");
   plan.dealing = deal(items, limits.multiprocessors, true);
-  plan.shared_memory = shared_memory(program, sum_bytes(program.batch));
+  plan.shared_memory = shared_memory(program, reserved());
   return plan;
 }
 
@@ -325,10 +336,6 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
     (step.columns == Columns::kBoth ? plan.both_stage : plan.second_stage)[step.box] = program.stages_per_tile;
     program.stages_per_tile += stages_of(step);
   }
-  // Less than a tile, so that no consumer is a whole tile ahead of the other.
-  program.stages = std::min(program.stages, program.stages_per_tile - 1);
-  // A consumer waits for the next one before it gives the last one back.
-  if (program.stages < 2) refuse("a tile has too few products");
   fill_units(steps, plan.taps, program);
 
   plan.tiles_m = pixel_tiles(program);
@@ -341,7 +348,7 @@ ForwardPlan plan_forward(const SequenceProblem& problem, const HopperLimits& lim
 
 BackwardPlan plan_backward(const SequenceProblem& problem, const HopperLimits& limits, int pieces) {
   check_served(problem);
-  if (problem.hidden() <= kGroupColumns) {
+  if (all_chunks(problem) * kChunkChannels <= kGroupColumns) {
     // Two taps share a stage of weights there, so that a run could not end with each box.
     const BackwardPlan plan = plan_columns(problem, limits, pieces, Columns::kSecond);
     if (plan.program.box_slots > 1) return plan;

@@ -13,8 +13,6 @@ using namespace sm90;
 namespace {
 
 constexpr int kMaxChunkWidth = 256;  // of one TMA load
-constexpr int kSwizzleRows = 8;      // rows after which the swizzle of shared memory repeats
-constexpr int kEnoughStages = 5;  // fewer, and consumers wait for weights more often than boxes in excess of two save
 constexpr int kMaxMargin = 1 << 15;  // rows of a box, far more than fit into shared memory
 
 // Rows of pixels, and then patches, the widest first.
@@ -33,7 +31,8 @@ void use(const Tiling& tiling, Program& program) {
   program.tiling = tiling;
   program.box_chunks = ceil_div(tiling.box_width(), kMaxChunkWidth);
   program.chunk_width = ceil_div(tiling.box_width(), program.box_chunks);
-  if (program.box_chunks > 1) program.chunk_width = round_up(program.chunk_width, kSwizzleRows);
+  // Each chunk begins where the swizzle does; side by side, they are a box only where it has one line.
+  if (program.box_chunks > 1) program.chunk_width = round_up(program.chunk_width, kBoxAlignment / kRowBytes);
 }
 
 }  // namespace
@@ -44,12 +43,13 @@ int stages_beside(const HopperLimits& limits, int reserved, int box_slots, const
 }
 
 void choose_tiling(const SequenceProblem& problem, const HopperLimits& limits, int reserved, Program& program) {
-  std::optional<std::pair<int, int>> least;
+  std::optional<std::pair<int64_t, int>> least;
   Program candidate = program, best;
   for (const Tiling& tiling : tilings(problem, program)) {
     use(tiling, candidate);
     if (stages_beside(limits, reserved, 1, candidate) < kMinStages) continue;
-    const std::pair<int, int> cost{tiling.tiles(), candidate.box_bytes()};
+    const bool two_fit = stages_beside(limits, reserved, 2, candidate) >= kMinStages;
+    const std::pair<int64_t, int> cost{int64_t{tiling.tiles()} * (two_fit ? 2 : 3), candidate.box_bytes()};
     if (!least || cost < *least) least = cost, best = candidate;
   }
   if (!least) refuse("the kernel is too large: a tile and its margins do not fit into shared memory");
@@ -66,7 +66,6 @@ void divide_shared_memory(const HopperLimits& limits, int reserved, int box_slot
   while (program.box_slots > 2 && stages(program.box_slots) < kEnoughStages) --program.box_slots;
   while (program.box_slots > 1 && stages(program.box_slots) < kMinStages) --program.box_slots;
   program.stages = std::min(kMaxStages, stages(program.box_slots));
-  if (program.stages < kMinStages) refuse("a tile does not fit into shared memory");
 }
 
 int shared_memory(const Program& program, int reserved) {

@@ -13,11 +13,13 @@ inline int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<
 
 [[noreturn]] inline void refuse(const std::string& reason) { throw std::invalid_argument("plan: " + reason); }
 
-constexpr int kMinStages = 4;  // of the ring of weights
+constexpr int kMinStages = 4;     // of the ring of weights
+constexpr int kEnoughStages = 5;  // fewer, and consumers wait for weights more often than what else takes memory saves
 
 // All throw as the plans do. `reserved`: bytes of shared memory that are not for boxes and weights.
 
-// Of the images, for a program whose radii are known: the fewest tiles, and of these the smallest boxes, that fit.
+// Of the images, for a program whose radii are known: the fewest tiles, and of these the smallest boxes, that fit; those
+// of which no two boxes fit count for more.
 void choose_tiling(const SequenceProblem& problem, const HopperLimits& limits, int reserved, sm90::Program& program);
 // In pairs: the last one may be empty.
 int pixel_tiles(const sm90::Program& program);

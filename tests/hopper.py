@@ -80,7 +80,10 @@ def strided(x):
 
 
 def make_backward(z, hidden_channels, dtype, how):
-    """gates, c, dh, dc_n and lengths for ``how``: "state", "no state" or "lengths"; ``z`` is overwritten."""
+    """gates, c, dh, dc_n and lengths for ``how``; ``z`` is overwritten.
+
+    "state", "no state" (no dh either), "no gradient of c", "lengths", or "recomputed": lengths, and c in half precision.
+    """
     generator = torch.Generator(z[0].device).manual_seed(1)
     batch, steps, _, *size = z[0].shape
     shape = (batch, steps, hidden_channels, *size)
@@ -88,11 +91,15 @@ def make_backward(z, hidden_channels, dtype, how):
     dc_n = torch.randn((batch, *shape[2:]), generator=generator, device=z[0].device)
     c, dh = c.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3), dh.to(dtype)
     lengths = None
-    if how == "lengths":  # and what recomputation hands over
+    if how in ("lengths", "recomputed"):
         lengths = torch.randint(1, steps + 1, (batch,), generator=generator, device=z[0].device)
-        c, dh = c.to(dtype), strided(dh)
-    elif how == "no state":
+        dh = strided(dh)
+    if how.startswith("recomputed"):
+        c = c.to(dtype)
+    if how.endswith("no state"):
         dh = None
+    if how == "no gradient of c":
+        dc_n = None
     gates = []
     for part in z:
         i, f, g, o = part.chunk(4, dim=2)

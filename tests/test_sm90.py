@@ -25,7 +25,10 @@ PROBLEMS = {
     "radar_35": (4, 3, (96, 96), [(3, 32), (5, 32)]),  # several tiles a block, both groups in one box
     "rotating_short": (12, 9, (32, 32), [(3, 64)]),  # tiles go to other blocks at each step
     "rotating_boxes": (10, 5, (33, 32), [(3, 128)]),  # and the last one has no pixel
-    "rotating_one_box": (30, 3, (3, 150), [(5, 72)]),
+    "rotating_patches": (30, 3, (3, 150), [(5, 72)]),
+    "rotating_one_box": (12, 3, (1, 365), [(11, 72)]),  # at a time
+    "one_box_of_rows": (19, 3, (1, 101), [(5, 24)]),
+    "one_box_of_patches": (15, 3, (1, 98), [(3, 8), (11, 8)]),
     "odd_sizes": (3, 4, (9, 7), [(3, 24), (5, 40)]),
     "larger_kernel_first": (2, 3, (13, 21), [(5, 16), (3, 8)]),
     "one_tile": (1, 3, (5, 5), [(3, 8)]),
@@ -34,15 +37,18 @@ PROBLEMS = {
     "small_35": (1, 6, (32, 32), [(3, 32), (5, 32)]),
     "small_batch": (8, 5, (13, 16), [(5, 16), (3, 8)]),
     "wide": (1, 4, (3, 150), [(5, 24)]),
-    "wide_boxes": (1, 4, (3, 150), [(5, 72)]),  # one at a time
+    "wide_boxes": (1, 4, (3, 150), [(5, 72)]),
     "patches": (2, 3, (11, 700), [(3, 16), (5, 40)]),  # lines too long for tiles of rows
     "patches_odd": (1, 4, (7, 1030), [(5, 24)]),  # and the last tile has no pixel
     "patches_rotating": (1, 4, (90, 410), [(3, 8), (5, 8)]),
     "short_tiles": (4, 4, (90, 89), [((1, 3), 8)]),  # two a block, the last one of the batch without a pixel
     "pointwise": (2, 4, (33, 32), [(1, 192)]),
-    "few_products": (2, 4, (33, 32), [(1, 128)]),  # refused by streamed kernels
+    "few_products": (2, 4, (33, 32), [(1, 128)]),  # fewer than the ring of weights holds
+    "one_product": (2, 4, (33, 32), [(1, 64)]),
     "crossed_kernels": (2, 4, (10, 11), [((3, 5), 16), ((7, 3), 24)]),
     "channels_in_two_boxes": (1, 4, (12, 9), [(3, 56), (3, 64)]),
+    "half_chunks": (2, 3, (13, 12), [(3, 72), (5, 136)]),  # of either branch, in tiles of both
+    "half_chunks_of_a_tile": (2, 1, (20, 33), [(3, 24), (5, 104)]),
 }
 
 
@@ -66,11 +72,12 @@ def exact_reference(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("state", ["h_0 and c_0", "h_0", "c_0", "none"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("kernels", "problem"), list(served("forward")))
 def test_forward(kernels, problem, dtype, state):
-    z, weights, h_0, c_0 = make(PROBLEMS[problem], dtype, state, "cuda")
+    z, weights, h_0, c_0 = make(PROBLEMS[problem], dtype, state != "none", "cuda")
+    h_0, c_0 = (t if name in state else None for name, t in (("h_0", h_0), ("c_0", c_0)))
     want_h, want_c, want_gates = equations(z, weights, h_0, c_0)
     results = []
     for keep in (True, True, False):
@@ -86,17 +93,19 @@ def test_forward(kernels, problem, dtype, state):
         assert torch.equal(c[:, -other_c.shape[1] :], other_c)
 
 
-@pytest.mark.parametrize("how", ["state", "no state", "lengths"])
+@pytest.mark.parametrize(
+    "how", ["state", "no state", "no gradient of c", "lengths", "recomputed", "recomputed, no state"]
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("kernels", "problem"), list(served("backward")))
 def test_backward(kernels, problem, dtype, how):
-    z, weights, h_0, c_0 = make(PROBLEMS[problem], dtype, how != "no state", "cuda")
+    z, weights, h_0, c_0 = make(PROBLEMS[problem], dtype, not how.endswith("no state"), "cuda")
     gates, c, dh, dc_n, lengths = make_backward(z, sum(weights.sizes), dtype, how)
     want = gradients(gates, c, weights, h_0, c_0, dh, dc_n, lengths)
     results = []
     for _ in range(2):
         dz = [part.clone(memory_format=torch.preserve_format) for part in gates]
-        poison((dc_n.numel(), torch.float32), (dc_n.numel(), dtype), (1 << 22, torch.float32))
+        poison((c[:, 0].numel(), torch.float32), (c[:, 0].numel(), dtype), (1 << 22, torch.float32))
         dh_0, dc_0, dbias = sm90.backward(dz, c, weights, h_0, c_0, dh, dc_n, lengths, True, kernels)
         if dbias is None:
             assert kernels == "streamed"

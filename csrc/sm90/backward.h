@@ -17,9 +17,16 @@ constexpr int kCounterStride = 32;  // 128 bytes: many blocks poll, and no two c
 
 // One branch's gates. An element type T is float16 or bfloat16.
 struct GatePart {
-  void* gates;  // T [steps, pixels, 4 * channels], gate-major; become the gradients of the pre-activations
+  void* gates;  // T [steps, pixels, 4 * channels], gate-major; become pre-activations' gradients; through their maps
   int channels;
   int first_hidden;
+};
+
+// Of each part, as of all images of the program's tiling and steps.
+struct BackwardMaps {
+  CUtensorMap boxes[2];    // gates' gradients, [steps * images, height, width, 4 * channels]
+  CUtensorMap gates[2];    // the same memory, [steps * images, 4, height, width, channels]
+  CUtensorMap cells, c_0;  // [steps * images or images, height, width, hidden]
 };
 
 // pixels = batch * height * width, in this order.
@@ -27,8 +34,8 @@ struct Backward {
   BackwardProgram program;
   GatePart parts[2];   // a second one without channels begins after all hidden channels
   const char* packed;  // [tiles_n, stages_per_tile, kStageBytes]
-  const void* c;       // [steps, pixels, hidden], float or T
-  const float* c_0;    // [pixels, hidden]; null: zeros
+  const void* c;       // [steps, pixels, hidden], float or T; read through its map
+  const float* c_0;    // [pixels, hidden], the same; null: zeros
   const void* dh;      // T [batch, steps, hidden, height * width] of the strides below; null: zeros
   int64_t dh_image, dh_step, dh_channel, dh_pixel;
   const float* dc_n;       // [pixels, hidden]; null: zeros
@@ -39,17 +46,15 @@ struct Backward {
   // Zeros, kCounterStride apart: how many there are, of all steps.
   uint32_t* summed;    // [tiles]: pieces' sums
   uint32_t* finished;  // [tiles_m]: shares of dz
-  int pixels, steps, hidden;
+  int steps, hidden;
   Images images;  // of the batch
   int tiles_m, tiles_n, items;
-  int period;         // of dealing items to blocks
-  bool shares_cells;  // dc is read by other blocks than those that wrote it
+  int period;  // of dealing items to blocks
   bool c_is_half;
 };
 
-// Asynchronous; errors of the launch are left to cudaGetLastError. Cooperative, as forward's launch. The maps are of
-// each part's gates, [steps * images, height, width, 4 * channels], of the images of the program's tiling.
-void launch(const Backward& backward, const CUtensorMap (&gates)[2], DType dtype, int blocks, int shared_memory,
+// Asynchronous; errors of the launch are left to cudaGetLastError. Cooperative, as forward's launch.
+void launch(const Backward& backward, const BackwardMaps& maps, DType dtype, int blocks, int shared_memory,
             cudaStream_t stream);
 
 // weights: [4 * channels of the branch, hidden, kernel_height, kernel_width], 16-bit elements, one for each branch.

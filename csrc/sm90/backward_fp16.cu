@@ -2,6 +2,6 @@
 
 namespace mkconvlstm::sm90 {
 
-template void launch_backward<__half>(const Backward&, const CUtensorMap (&)[2], int, int, cudaStream_t);
+template void launch_backward<__half>(const Backward&, const BackwardMaps&, int, int, cudaStream_t);
 
 }  // namespace mkconvlstm::sm90

@@ -13,6 +13,8 @@ namespace mkconvlstm::sm90 {
 
 constexpr int kProducerWarps = 4;
 
+constexpr int kNoChannel = 1 << 20;  // of any operand
+
 __device__ __forceinline__ int rank_in_pair() { return blockIdx.x % kPair; }
 
 // Where everything lies in shared memory.
@@ -93,7 +95,7 @@ __device__ __forceinline__ void load_box(const Program& program, const SharedMem
   const Tiling& tiling = program.tiling;
   const uint32_t barrier = shared.box_full + 8 * slot;
   int at[4] = {channel, tile.x - tiling.margin_x, tile.y - tiling.margin_y, before + tile.image};
-  if (tile.image >= tiling.images) at[0] = kMaxBoxes * kBoxChannels;  // no such tile, and no such channels
+  if (tile.image >= tiling.images) at[0] = kNoChannel;  // no such tile
   expect_bytes(barrier, program.loaded_bytes());
   for (int chunk = 0; chunk < program.box_chunks; ++chunk) {
     copy_tensor(shared.boxes + slot * shared.box_bytes + chunk * program.chunk_bytes(), map, at, barrier);
@@ -101,32 +103,12 @@ __device__ __forceinline__ void load_box(const Program& program, const SharedMem
   }
 }
 
-// The tiles whose pixels the taps of a tile touch, itself among them: some lines of some tiles each.
-class Neighbours {
- public:
-  __device__ Neighbours(const Tiling& tiling, const Tiling::Place& tile) : stride_(tiling.tile_columns.value) {
-    const int top = tiling.line_of(max(0, tile.y - tiling.margin_y));
-    const int left = tiling.column_of(max(0, tile.x - tiling.margin_x));
-    const int last_y = tile.y + tiling.patch_height() - 1 + tiling.margin_y;
-    const int last_x = tile.x + tiling.patch_width() - 1 + tiling.margin_x;
-    const int bottom = min(tiling.tile_lines.value - 1, tiling.line_of(last_y));
-    const int right = min(stride_ - 1, tiling.column_of(last_x));
-    first_ = (tile.image * tiling.tile_lines.value + top) * stride_ + left;
-    width_ = right + 1 - left;
-    count_ = (bottom + 1 - top) * width_;
-  }
-
-  // A warp: until all have been published so often. counters: of all tiles, so far apart.
-  __device__ __forceinline__ void wait(const uint32_t* counters, int distance, int tiles, int wanted) const {
-    for (int i = threadIdx.x % 32; i < count_; i += 32) {
-      const int line = i / width_, tile = first_ + line * stride_ + i - line * width_;
-      if (tile < tiles) wait_counter(counters + tile * distance, wanted);
-    }
-  }
-
- private:
-  int stride_, first_, width_, count_;
-};
+// A warp: until all neighbours have been published so often. counters: of all tiles, so far apart.
+__device__ __forceinline__ void wait_neighbours(const Neighbours& near, const uint32_t* counters, int distance,
+                                                int tiles, int wanted) {
+  for (int i = threadIdx.x % 32; i < near.count(); i += 32)
+    if (near.tile(i) < tiles) wait_counter(counters + near.tile(i) * distance, wanted);
+}
 
 // The row of the tile whose operand a lane fetches, and which of its neighbours lie inside the image.
 struct FragmentRow {

@@ -44,6 +44,7 @@ struct Forward {
   bool shares_cells;  // c_t is read by other blocks than those that wrote it
   bool has_h_0;       // without, the first step has no products
   bool keep;
+  bool quads;  // lines begin, and images end, at multiples of four pixels
 };
 
 // Asynchronous; errors of the launch are left to cudaGetLastError. Only one such kernel may run at a time on a device's

@@ -16,7 +16,7 @@ void launch_resident(const ResidentForward& forward, int blocks, int shared_memo
 template <typename T>
 void launch_resident(const ResidentBackward& backward, int blocks, int shared_memory, cudaStream_t stream);
 template <typename T>
-void launch_backward(const Backward& backward, const CUtensorMap (&gates)[2], int blocks, int shared_memory,
+void launch_backward(const Backward& backward, const BackwardMaps& maps, int blocks, int shared_memory,
                      cudaStream_t stream);
 
 void launch(const Forward& forward, const ForwardMaps& maps, DType dtype, int blocks, int shared_memory,
@@ -25,10 +25,10 @@ void launch(const Forward& forward, const ForwardMaps& maps, DType dtype, int bl
   chosen(forward, maps, blocks, shared_memory, stream);
 }
 
-void launch(const Backward& backward, const CUtensorMap (&gates)[2], DType dtype, int blocks, int shared_memory,
+void launch(const Backward& backward, const BackwardMaps& maps, DType dtype, int blocks, int shared_memory,
             cudaStream_t stream) {
   const auto chosen = dtype == DType::kFloat16 ? launch_backward<__half> : launch_backward<__nv_bfloat16>;
-  chosen(backward, gates, blocks, shared_memory, stream);
+  chosen(backward, maps, blocks, shared_memory, stream);
 }
 
 void launch(const ResidentForward& forward, DType dtype, int blocks, int shared_memory, cudaStream_t stream) {

@@ -59,7 +59,7 @@ __device__ __forceinline__ void arrive_cluster_if(bool elected, uint32_t barrier
 }
 
 // For consumers: without a limit of its own, whose code the compiler would take for a reason to part the warp's lanes.
-// A warp that does nothing else watches over them, see `watch`.
+// A lane that has nothing else to do, or waits with limits itself until then, watches over them, see `watch`.
 __device__ __forceinline__ void wait_watched(uint32_t barrier, uint32_t phase) {
   asm volatile(
       "{\n"
@@ -192,6 +192,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], uint32_t 
 __device__ __forceinline__ void load_fragments(uint32_t (&fragments)[4][4], uint32_t address) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) load_matrices(fragments[k], address ^ (k << 5));
+}
+
+// A matrix of 8 x 8 16-bit elements, of whose row l / 4 lane l has elements 2 (l % 4) and the next.
+__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
 }
 
 __device__ __forceinline__ float4 load_shared(uint32_t address) {

@@ -11,6 +11,7 @@
 
 namespace mkconvlstm::sm90 {
 
+constexpr int kGroups = 2;
 constexpr int kGroupColumns = 64;
 constexpr int kBoxChannels = 64;
 constexpr int kGroupWeightBytes = kGroupColumns * kBoxChannels * 2;  // of one tap
@@ -28,7 +29,7 @@ constexpr int kMaxStages = 8;
 constexpr int kMaxPieces = 32;
 constexpr int kMaxPieceBoxes = 256;
 constexpr int kChunkChannels = 16;  // that four neighbouring threads of a consumer have backward
-constexpr int kChunkBytes = kTileRows * kChunkChannels * 4;  // of sums
+constexpr int kChunkBytes = kTileRows * kChunkChannels * 4;  // of sums or cells, in float
 constexpr int kSumBatches = 2;                               // of chunks' sums in shared memory, one on its way
 
 // What one tap of one box is multiplied into: both groups' sums or the second's alone.
@@ -69,7 +70,7 @@ struct Box {
 
 // What forward and backward have in common.
 struct Program {
-  Unit units[kMaxUnits + 2];  // two are read ahead
+  Unit units[kMaxUnits + 1];  // the next one is read ahead
   Tiling tiling;
   int box_slots;           // boxes that shared memory holds at a time
   int box_chunks;          // TMA loads that fill a box, side by side
@@ -108,19 +109,22 @@ struct BackwardProgram : Program {
   GateBox boxes[kMaxPieceBoxes];
   Piece pieces[kMaxPieces];
   int piece_count;
-  Columns columns;  // all units have the same
-  int stage_units;  // taps in a stage of weights
-  int chunks;       // a tile's columns in units of kChunkChannels
-  int batch;        // pieces whose sums of a chunk are fetched at a time
+  Columns columns;   // all units have the same
+  int stage_units;   // taps in a stage of weights
+  int chunks;        // a tile's columns in units of kChunkChannels
+  int batch;         // pieces whose sums of a chunk are fetched at a time
+  int first_chunks;  // of the first part, whose channels are rounded up to chunks; after these come the second's
 };
 
 // Shared memory: boxes, 8 rows of zeros, the weights' ring, barriers.
 constexpr int kZeroBytes = 8 * kRowBytes;
 constexpr int kBarrierBytes = 8 * (2 * (kMaxStages + kMaxBoxes) + 1);
-// After these, forward: a barrier, what aligns the gates of a tile's group, these.
-constexpr int kGatesBytes = kTileRows * kGroupColumns * 2;
-constexpr int kStagedBytes = 8 + 128 + kGatesBytes;
-// After these, backward: barriers of the batches, what aligns these, batches.
-constexpr int kBatchBarrierBytes = 8 * kSumBatches + 128;
+constexpr int kGatesBytes = 4 * kTileRows * kChunkChannels * 2;  // of so many hidden channels
+// After these, forward: barriers of both groups' gates, what aligns these, these.
+constexpr int kStagedBytes = kGroups * (8 + kGatesBytes) + 128;
+// After these, backward: barriers of the batches, what aligns these, batches, a chunk's gates, c_t and c_{t-1}, their
+// barriers.
+constexpr int kSumBarrierBytes = 8 * kSumBatches + 128;
+constexpr int kStagedChunkBytes = kGatesBytes + 2 * kChunkBytes + 8 * 2;
 
 }  // namespace mkconvlstm::sm90

@@ -44,11 +44,15 @@ class SumBatches {
     for (int i = 0; i < kSumBatches; ++i) init_barrier(barriers_ + 8 * i, 1);
   }
 
+  // Where shared memory goes on.
+  __device__ uint32_t end() const { return memory_ + kSumBatches * params_.program.batch * kChunkBytes; }
+
   // By one thread: chunks [first, last) of an item's tile, from now on; the first batches at once.
   __device__ __forceinline__ void begin(const Item& item, int first, int last) {
     item_ = item.index - item.piece;
     next_ = first * per_chunk_;
     end_ = last * per_chunk_;
+#pragma unroll 1
     for (int i = 0; i < kSumBatches; ++i) request();
   }
 
@@ -59,6 +63,7 @@ class SumBatches {
     const int count = min(params_.program.batch, params_.program.piece_count - first);
     const uint32_t barrier = barriers_ + 8 * filled_.index;
     expect_bytes(barrier, count * kChunkBytes);
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const int64_t source = int64_t{item_ + first + i} * params_.program.chunks + chunk;
       copy_bulk(memory_ + (filled_.index * params_.program.batch + i) * kChunkBytes,

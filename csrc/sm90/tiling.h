@@ -80,4 +80,32 @@ struct Tiling {
   }
 };
 
+// The tiles whose pixels the taps of a tile touch, itself among them: some lines of some tiles each. A tile without
+// pixels has none that have any, but it may have numbers beyond all tiles.
+class Neighbours {
+ public:
+  MKCONVLSTM_IMAGES Neighbours(const Tiling& tiling, const Tiling::Place& tile) : stride_(tiling.tile_columns.value) {
+    const auto inside = [](int value, int last) { return value < 0 ? 0 : value < last ? value : last; };
+    const int last_y = tile.y + tiling.patch_height() - 1 + tiling.margin_y;
+    const int last_x = tile.x + tiling.patch_width() - 1 + tiling.margin_x;
+    const int top = tiling.line_of(inside(tile.y - tiling.margin_y, tile.y));
+    const int left = tiling.column_of(inside(tile.x - tiling.margin_x, tile.x));
+    const int bottom = inside(tiling.line_of(last_y), tiling.tile_lines.value - 1);
+    const int right = inside(tiling.column_of(last_x), stride_ - 1);
+    first_ = (tile.image * tiling.tile_lines.value + top) * stride_ + left;
+    width_ = right + 1 - left;
+    count_ = (bottom + 1 - top) * width_;
+  }
+
+  MKCONVLSTM_IMAGES int count() const { return count_; }
+
+  MKCONVLSTM_IMAGES int tile(int i) const {
+    const int line = i / width_;
+    return first_ + line * stride_ + i - line * width_;
+  }
+
+ private:
+  int stride_, first_, width_, count_;
+};
+
 }  // namespace mkconvlstm::sm90

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import aten, layout, ops
+from . import aten, joint, layout, ops
 from .concurrency import concurrently
 from .convolution import TransitionWeights, images_of, input_gradient, premix, sequence_of, time_major, weight_gradients
 from .interleaving import repart
@@ -95,10 +95,13 @@ class LayerBackward:
         self.c = self.dc_n = None  # not needed any more, and large
         if self.c_0 is None:
             self.dc_0 = None
-        tasks = [
-            partial(self.over_spans, gates, self.hidden_weights, self.hidden_grads),
-            partial(self.over_spans, gates, self.input_weights, self.input_grads),
-        ]
+        if self.joins:
+            tasks = [partial(self.both_weights, gates)]
+        else:
+            tasks = [
+                partial(self.over_spans, gates, self.hidden_weights, self.hidden_grads),
+                partial(self.over_spans, gates, self.input_weights, self.input_grads),
+            ]
         if self.needs_x:
             tasks.append(partial(self.input, gates, slice(0, steps)))
         batch, _, _, height, width = self.h.shape
@@ -179,6 +182,21 @@ class LayerBackward:
             x = time_major(self.x[:, here], self.dtype)
             images = repart(images_of(dz), self.w_h.parts, self.w_x.parts)
             add(self.input_grads, weight_gradients(x, images, self.w_x, self.needs_input))
+
+    @property
+    def joins(self) -> bool:
+        """Whether :meth:`both_weights` stands for :meth:`hidden_weights` and :meth:`input_weights`."""
+        if not joint.possible(self.w_x, self.w_h, self.needs_input, self.needs_hidden):
+            return False
+        return self.x.is_cuda and joint.pays(self.x.shape, self.h.shape[2], self.dtype)
+
+    def both_weights(self, dz: list[Tensor]) -> None:
+        """The gradients of both transitions from ``dz`` of all steps at once."""
+        x = time_major(self.x, self.dtype)
+        h_prev = aten.previous(self.h, self.h_0, self.dtype)
+        self.input_grads, self.hidden_grads = joint.joint_gradients(x, h_prev, images_of(dz), self.w_x, self.w_h)
+        lay_out(self.input_grads)
+        lay_out(self.hidden_grads)
 
     def input(self, dz: list[Tensor], here: slice) -> None:
         """The gradient of x in the steps ``here``; ``dz`` is emptied."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from . import cpu_convolution, fourier, layout, unfolding
+from . import cpu_convolution, fourier, layout, pairs, unfolding
 from .concurrency import concurrently
 from .interleaving import channels_last, deinterleave, interleave, join_gates, split_gates
 from .layout import channel_sums
@@ -258,7 +258,9 @@ def convolution_gradients(
     branch = BranchWeights(weight, dilation=tuple(dilation))
     if needs_x and (way := prepared(branch, images, 1, gradient=True).way):
         dx, needs_x = way(dy), False
-    if needs_weight and unfolding.serves(weight, images, dilation):
+    if needs_weight and pairs.serves(weight, images, dilation):
+        dw, needs_weight = pairs.weight_gradient(x, dy, weight), False
+    elif needs_weight and unfolding.serves(weight, images, dilation):
         dw, needs_weight = unfolding.weight_gradient(x, dy, weight), False
     elif needs_weight and (m := cpu_convolution.tile_size(weight, dilation, images)):
         dw, needs_weight = fourier.weight_gradient(x, dy, weight.shape[2], m), False

@@ -22,7 +22,7 @@ from . import layout
 MOST_CHANNELS, MOST_CHANNELS_OF_GRADIENT = 16, 32
 FEWEST_OUTPUTS = 1 << 21  # numbers; for fewer, launching another kernel takes as long as what it saves
 MULTIPLE = 32  # of the unfolded channels
-GRADIENT_BYTES = 64 << 20  # of the unfolded images' gradient at a time
+UNFOLDED_BYTES = 64 << 20  # of unfolded images or their gradient at a time, in backward
 
 
 def unfolded_channels(channels: int, kernel: int) -> int:
@@ -96,8 +96,7 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     _, channels, _, kernel = weight.shape
     count, _, *size = dy.shape
     rows = unfolded_weight(weight)
-    image_bytes = rows.shape[1] * math.prod(size) * dy.element_size()
-    some = min(count, max(1, GRADIENT_BYTES // image_bytes))
+    some = images_at_a_time(dy, rows.shape[1])
     dx = dy.new_empty((count, *size, channels)).permute(0, 3, 1, 2)
     u = layout.stand_in(dy, rows.shape[1], some)
     for dy_of_some, dx_of_some in zip(dy.split(some), dx.split(some), strict=True):
@@ -107,13 +106,29 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-    """The gradient [O, C, kh, kw] of ``weight`` in a "same" convolution, from x [N, C, H, W] and dy [N, O, H, W]."""
+    """The gradient [O, C, kh, kw] of ``weight`` in a "same" convolution, from x [N, C, H, W] and dy [N, O, H, W].
+
+    Of few images at a time, each time rounded to dy's dtype, and summed in float32.
+    """
     outputs, channels, height, kernel = weight.shape
-    u = unfold(x, kernel)
-    rows = weight.new_empty((outputs, height, 1, u.shape[1])).permute(0, 3, 1, 2)  # nobody reads its values
-    gradient = backward(dy, u, rows, [False, True, False])[1]
+    unfolded = unfolded_channels(channels, kernel)
+    rows = weight.new_empty((outputs, height, 1, unfolded)).permute(0, 3, 1, 2)  # nobody reads its values
+    some = images_at_a_time(dy, unfolded)
+    gradients = (
+        backward(dy_of_some, unfold(x_of_some, kernel), rows, [False, True, False])[1]
+        for x_of_some, dy_of_some in zip(x.split(some), dy.split(some), strict=True)
+    )
+    gradient = next(gradients)
+    if some < x.shape[0]:
+        gradient = sum(gradients, gradient.float()).to(dy.dtype)
     gradient = gradient[:, : kernel * channels, :, 0].unflatten(1, (kernel, channels))
     return gradient.permute(0, 2, 3, 1)
+
+
+def images_at_a_time(dy: Tensor, unfolded: int) -> int:
+    """How many images as large as those of ``dy`` [N, O, H, W] are held with so many ``unfolded`` channels."""
+    image_bytes = unfolded * math.prod(dy.shape[2:]) * dy.element_size()
+    return min(dy.shape[0], max(1, UNFOLDED_BYTES // image_bytes))
 
 
 def backward(dy: Tensor, u: Tensor, rows: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:

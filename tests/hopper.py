@@ -82,7 +82,7 @@ def strided(x):
 def make_backward(z, hidden_channels, dtype, how):
     """gates, c, dh, dc_n and lengths for ``how``; ``z`` is overwritten.
 
-    "state", "no state" (no dh either), "no gradient of c", "lengths", or "recomputed": lengths, and c in half precision.
+    "state", "no state" (nor dh), "no gradient of c", "lengths", or "recomputed": lengths, and c in half precision.
     """
     generator = torch.Generator(z[0].device).manual_seed(1)
     batch, steps, _, *size = z[0].shape

@@ -114,7 +114,7 @@ def everywhere(monkeypatch):
 
 @interpreted
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("some_bytes", [1, unfolding.GRADIENT_BYTES])
+@pytest.mark.parametrize("some_bytes", [1, unfolding.UNFOLDED_BYTES])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel", "size"),
@@ -127,7 +127,7 @@ def everywhere(monkeypatch):
     ],
 )
 def test_interpreted_convolution_and_gradients(channels, outputs, kernel, size, has_bias, some_bytes, monkeypatch):
-    monkeypatch.setattr(unfolding, "GRADIENT_BYTES", some_bytes)
+    monkeypatch.setattr(unfolding, "UNFOLDED_BYTES", some_bytes)
     count, *image = size
     x = channels_last(torch.randn(count, channels, *image))
     dy = channels_last(torch.randn(count, outputs, *image))

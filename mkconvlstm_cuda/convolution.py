@@ -165,7 +165,7 @@ def whole_bias(w: TransitionWeights, bias: Tensor | None) -> Tensor | None:
 
 def prepared(b: BranchWeights, images: tuple[int, int, int], uses: int, gradient: bool = False) -> BranchWeights:
     """``b`` with the fastest way known to compute its convolution, or with ``gradient`` its input's gradient."""
-    if not unfolding.serves(b.weight, images, b.dilation, of_input=gradient):
+    if not unfolding.serves(b.weight, images, b.dilation, "input" if gradient else "output"):
         bias = None if gradient else b.bias
         way = cpu_convolution.prepare(b.weight, bias, b.padding, b.dilation, images, uses, gradient)
     elif gradient:
@@ -260,7 +260,7 @@ def convolution_gradients(
         dx, needs_x = way(dy), False
     if needs_weight and pairs.serves(weight, images, dilation):
         dw, needs_weight = pairs.weight_gradient(x, dy, weight), False
-    elif needs_weight and unfolding.serves(weight, images, dilation):
+    elif needs_weight and unfolding.serves(weight, images, dilation, "weight"):
         dw, needs_weight = unfolding.weight_gradient(x, dy, weight), False
     elif needs_weight and (m := cpu_convolution.tile_size(weight, dilation, images)):
         dw, needs_weight = fourier.weight_gradient(x, dy, weight.shape[2], m), False

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from . import layout
 
-# Measured on an H100 in bfloat16, cuDNN's part alone: 1.3 to 5 times as fast within these limits; with 32 channels
-# forward and the weight's gradient are up to 4 times slower than by cuDNN alone, and with 64 nothing gains.
-MOST_CHANNELS, MOST_CHANNELS_OF_GRADIENT = 16, 32
+# Measured on an H100 in bfloat16, against cuDNN alone: 1.3 to 5 times as fast within these limits, gradients of weights
+# 7 or 9 wide 1.1 to 40 times; with 32 channels forward takes up to four times as long, and narrower weights' gradients.
+MOST_CHANNELS = {"output": 16, "input": 32, "weight": 16}
+WIDE, MOST_CHANNELS_OF_WIDE_WEIGHT = 7, 32
 FEWEST_OUTPUTS = 1 << 21  # numbers; for fewer, launching another kernel takes as long as what it saves
 MULTIPLE = 32  # of the unfolded channels
 UNFOLDED_BYTES = 64 << 20  # of unfolded images or their gradient at a time, in backward
@@ -35,12 +36,12 @@ def pays(
     images: tuple[int, int, int],
     dilation: Sequence[int],
     dtype: torch.dtype,
-    of_input: bool = False,
+    wanted: str = "output",
 ) -> bool:
     """Whether a convolution of ``images`` (N, H, W) with a weight of ``shape`` (O, C, kh, kw) is faster unfolded.
 
-    Then its weight's gradient is, too; ``of_input`` asks for its input's. Unfolded images must be no larger than the
-    outputs; their gradient, made of few images at a time, may be twice as large.
+    ``wanted`` of it is the "output", or the gradient of the "input" or the "weight". Forward, unfolded images must be
+    no larger than the outputs; in backward they are made of few images at a time.
     """
     outputs, channels, _, kernel = shape
     pixels = math.prod(images)
@@ -48,15 +49,15 @@ def pays(
         return False
     if outputs * pixels < FEWEST_OUTPUTS or pixels > 1 << 30:  # which the kernels count in 31 bits
         return False
-    unfolded = unfolded_channels(channels, kernel)
-    if of_input:
-        return channels <= MOST_CHANNELS_OF_GRADIENT and unfolded <= 2 * outputs
-    return channels <= MOST_CHANNELS and unfolded <= outputs
+    if wanted == "weight" and kernel >= WIDE:
+        return channels <= MOST_CHANNELS_OF_WIDE_WEIGHT
+    most_unfolded = 2 * outputs if wanted == "input" else outputs
+    return channels <= MOST_CHANNELS[wanted] and unfolded_channels(channels, kernel) <= most_unfolded
 
 
-def serves(weight: Tensor, images: tuple[int, int, int], dilation: Sequence[int], of_input: bool = False) -> bool:
+def serves(weight: Tensor, images: tuple[int, int, int], dilation: Sequence[int], wanted: str = "output") -> bool:
     """Whether the convolution can be unfolded, and :func:`pays`."""
-    return pays(weight.shape, images, dilation, weight.dtype, of_input) and layout.has_kernels(weight)
+    return pays(weight.shape, images, dilation, weight.dtype, wanted) and layout.has_kernels(weight)
 
 
 def unfold(x: Tensor, kernel: int) -> Tensor:

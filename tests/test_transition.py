@@ -208,30 +208,34 @@ def test_weights_stay_as_they_are_where_nothing_else_pays(uses, batch, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "images", "dtype", "dilation", "forward", "of_input"),
+    ("shape", "images", "dtype", "dilation", "output", "of_input", "of_weight"),
     [
-        ((256, 16, 5, 5), (160, 16, 16), torch.bfloat16, (1, 1), True, True),
-        ((256, 16, 7, 7), (160, 16, 16), torch.float16, [1, 1], True, True),
-        ((128, 1, 3, 3), (200, 64, 64), torch.float16, (1, 1), True, True),
-        ((128, 32, 5, 5), (80, 96, 96), torch.bfloat16, (1, 1), False, True),
-        ((128, 17, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, True),
-        ((128, 33, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, False),
-        ((256, 64, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, False),
-        ((48, 32, 3, 3), (160, 96, 96), torch.bfloat16, (1, 1), False, True),  # 96 unfolded channels
-        ((47, 32, 3, 3), (160, 96, 96), torch.bfloat16, (1, 1), False, False),
-        ((64, 16, 5, 5), (160, 32, 32), torch.float16, (1, 1), False, True),  # 80 channels, rounded up to 96
-        ((96, 16, 5, 5), (160, 32, 32), torch.float16, (1, 1), True, True),
-        ((256, 16, 5, 5), (32, 16, 16), torch.float16, (1, 1), True, True),
-        ((255, 16, 5, 5), (32, 16, 16), torch.float16, (1, 1), False, False),
-        ((256, 16, 5, 5), (0, 16, 16), torch.float16, (1, 1), False, False),
-        ((256, 1, 3, 3), (1 << 16, 128, 128), torch.float16, (1, 1), True, True),
-        ((256, 1, 3, 3), ((1 << 16) + 1, 128, 128), torch.float16, (1, 1), False, False),
-        ((256, 16, 5, 1), (160, 16, 16), torch.float16, (1, 1), False, False),
-        ((256, 16, 1, 3), (160, 16, 16), torch.float16, (1, 1), True, True),
-        ((256, 16, 5, 5), (160, 16, 16), torch.float16, (1, 2), False, False),
-        ((256, 16, 5, 5), (160, 16, 16), torch.float32, (1, 1), False, False),
+        ((256, 16, 5, 5), (160, 16, 16), torch.bfloat16, (1, 1), True, True, True),
+        ((256, 16, 7, 7), (160, 16, 16), torch.float16, [1, 1], True, True, True),
+        ((64, 32, 7, 7), (160, 32, 32), torch.float16, (1, 1), False, False, True),
+        ((64, 33, 7, 7), (160, 32, 32), torch.float16, (1, 1), False, False, False),
+        ((64, 32, 9, 7), (1, 32, 32), torch.float16, (1, 1), False, False, False),
+        ((128, 1, 3, 3), (200, 64, 64), torch.float16, (1, 1), True, True, True),
+        ((128, 32, 5, 5), (80, 96, 96), torch.bfloat16, (1, 1), False, True, False),
+        ((128, 17, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, True, False),
+        ((128, 33, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, False, False),
+        ((256, 64, 3, 3), (80, 96, 96), torch.bfloat16, (1, 1), False, False, False),
+        ((48, 32, 3, 3), (160, 96, 96), torch.bfloat16, (1, 1), False, True, False),  # 96 unfolded channels
+        ((47, 32, 3, 3), (160, 96, 96), torch.bfloat16, (1, 1), False, False, False),
+        ((64, 16, 5, 5), (160, 32, 32), torch.float16, (1, 1), False, True, False),  # 80 channels, rounded up to 96
+        ((96, 16, 5, 5), (160, 32, 32), torch.float16, (1, 1), True, True, True),
+        ((256, 16, 5, 5), (32, 16, 16), torch.float16, (1, 1), True, True, True),
+        ((255, 16, 5, 5), (32, 16, 16), torch.float16, (1, 1), False, False, False),
+        ((256, 16, 5, 5), (0, 16, 16), torch.float16, (1, 1), False, False, False),
+        ((256, 1, 3, 3), (1 << 16, 128, 128), torch.float16, (1, 1), True, True, True),
+        ((256, 1, 3, 3), ((1 << 16) + 1, 128, 128), torch.float16, (1, 1), False, False, False),
+        ((256, 16, 5, 1), (160, 16, 16), torch.float16, (1, 1), False, False, False),
+        ((256, 16, 1, 3), (160, 16, 16), torch.float16, (1, 1), True, True, True),
+        ((256, 16, 5, 5), (160, 16, 16), torch.float16, (1, 2), False, False, False),
+        ((256, 16, 5, 5), (160, 16, 16), torch.float32, (1, 1), False, False, False),
     ],
 )
-def test_what_pays_to_unfold(shape, images, dtype, dilation, forward, of_input):
-    assert unfolding.pays(shape, images, dilation, dtype) is forward
-    assert unfolding.pays(shape, images, dilation, dtype, of_input=True) is of_input
+def test_what_pays_to_unfold(shape, images, dtype, dilation, output, of_input, of_weight):
+    assert unfolding.pays(shape, images, dilation, dtype) is output
+    assert unfolding.pays(shape, images, dilation, dtype, "input") is of_input
+    assert unfolding.pays(shape, images, dilation, dtype, "weight") is of_weight

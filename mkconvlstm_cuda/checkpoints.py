@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from .files import load_tensors
 
 StateDict = Mapping[str, Tensor] | str | os.PathLike
 
@@ -34,7 +35,7 @@ def read_cells(
     """
     check_layers(layers)
     if isinstance(state_dict, (str, os.PathLike)):
-        state_dict = load(state_dict)
+        state_dict = load_tensors(state_dict, "state_dict")
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: got {type(state_dict).__name__}, wanted a mapping of tensors, or a file of one")
     cells: dict[int, dict[str, Tensor]] = {}
@@ -68,16 +69,6 @@ def read_cells(
             if not isinstance(t, Tensor):
                 raise TypeError(f"state_dict: got {type(t).__name__} for {heads[layer] + name!r}, wanted a tensor")
     return [{name: t.detach() for name, t in cells[layer].items() if name not in form.unused} for layer in wanted]
-
-
-def load(path: str | os.PathLike) -> object:
-    """What torch.save has written there; nothing in the file is executed. Raises ValueError if it is anything else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever torch's unpickler makes of bytes that nobody wrote for it
-        raise ValueError(f"state_dict: {os.fspath(path)!r} is damaged, or holds more than tensors") from error
 
 
 def check_layers(layers: Sequence[int] | None) -> None:

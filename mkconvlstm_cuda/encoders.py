@@ -4,12 +4,12 @@ import hashlib
 import importlib
 import itertools
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .files import load_tensors
 from .functional import check_tensor
 
 _VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
@@ -110,12 +110,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"encoder weights: cannot read {path}: {error}") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ValueError(f"encoder weights: {path} is damaged, or holds more than tensors") from error
-    except Exception as error:  # whatever torch's unpickler makes of bytes that nobody wrote for it
-        raise ValueError(f"encoder weights: cannot read {path}: {error}") from error
+    state = load_tensors(path, "encoder weights")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"encoder weights: {path} holds no state_dict")
     return state

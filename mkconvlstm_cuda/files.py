@@ -1,8 +1,10 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there, and files that somebody else has written."""
 
 import os
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 
 @contextmanager
@@ -14,3 +16,19 @@ def atomic(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: str | os.PathLike, name: str, device: torch.device | str = "cpu") -> object:
+    """What torch.save has written there; nothing in the file is executed.
+
+    Raises:
+        OSError: the file cannot be read. ValueError: it is anything else; begins with ``name``.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch's unpickler makes of bytes that nobody wrote for it
+        first_line = str(error).partition("\n")[0]
+        why = f"{type(error).__name__}: {first_line}"
+        raise ValueError(f"{name}: {os.fspath(path)} is damaged, or holds more than tensors ({why})") from error

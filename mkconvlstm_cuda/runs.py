@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .files import atomic
+from .files import atomic, load_tensors
 
 
 def save_checkpoint(path: Path, settings: Mapping[str, Any], **state: Any) -> None:
@@ -23,11 +23,7 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.devic
     """The state that was saved. Raises ValueError if there is none, or if it was saved with other settings."""
     if not path.is_file():
         raise ValueError(f"resume: there is no checkpoint at {path}")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever torch's unpickler makes of bytes that nobody wrote for it
-        why = f"it is damaged, or holds more than tensors ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        raise ValueError(f"resume: {path} is no checkpoint: {why}") from error
+    state = load_tensors(path, "resume", device)
     if not isinstance(state, dict) or not isinstance(state.get("settings"), str):
         raise ValueError(f"resume: {path} is no checkpoint of this program: it holds no settings")
     theirs, ours = json.loads(state["settings"]), json.loads(json.dumps(settings))

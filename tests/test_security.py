@@ -69,8 +69,8 @@ def test_a_checkpoint_runs_nothing(damage, tmp_path):
         checkpoint.write_bytes(checkpoint.read_bytes()[:size] + noise)
     arguments = ("forecast", "--output", str(tmp_path), "--channels", "2", "--device", "cpu")
     output = run(*arguments, "--steps", "1", "--resume", code=2)
-    why = "it holds no settings" if damage == "another's" else "it is damaged, or holds more than tensors"
-    assert re.search(rf"resume: \S*{checkpoint.name} is no checkpoint.*: {why}", " ".join(output.split()))
+    why = "no checkpoint .*: it holds no settings" if damage == "another's" else "damaged, or holds more than tensors"
+    assert re.search(rf"resume: \S*{checkpoint.name} is {why}", " ".join(output.split()))
     assert not (tmp_path / "touched").exists()
 
 
@@ -81,9 +81,9 @@ def test_a_file_of_weights_runs_nothing(damage, tmp_path):
         torch.save({"weight": Touch(tmp_path / "touched")}, weights)
     else:
         weights.write_text({"text": "hello\n", "one byte": "b", "empty": ""}[damage])
-    with pytest.raises(ValueError, match=r"state_dict: '\S*weights\.pt' is damaged, or holds more than tensors"):
+    with pytest.raises(ValueError, match=r"state_dict: \S*weights\.pt is damaged, or holds more than tensors"):
         convert.from_ndrplz(weights)
-    with pytest.raises(ValueError, match=r"encoder weights: \S* is damaged|encoder weights: cannot read"):
+    with pytest.raises(ValueError, match=r"encoder weights: \S*weights\.pt is damaged, or holds more than tensors"):
         read_weights(weights)
     assert not (tmp_path / "touched").exists()
 

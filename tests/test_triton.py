@@ -124,6 +124,16 @@ def test_interpreted_mix_of_several_tiles(mix, tiles, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("block_n", [32, 128])
+def test_interpreted_halves_of_whole_tiles(block_n, monkeypatch):
+    """Gates from the product itself: channels end within a tile, pixels within its second half."""
+    set_tiles(monkeypatch, plan.Config(32, block_n, 16, split=False, warps=4))
+    options = {"peephole": "pixel", "image_size": (5, 9), "output_peephole": "current"}
+    problem = Problem({1: 9, 3: 21}, options, steps=2, channels=1, size=(5, 9))
+    assert_close(problem.run("triton", torch.float32), problem.run("reference"), 1e-5)
+
+
+@interpreted
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("tanh", [False, True])
 def test_interpreted_biases_before_and_after_a_mix(tanh, groups):

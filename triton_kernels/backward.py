@@ -236,7 +236,7 @@ def backward_kernel(
                     acc = tl.where(tl.load(segment + 4) != 0, 0.0, acc)  # the first segment of a sum
                     acc = accumulate(
                         acc, segment, step < steps - 1, image, weights, rows, height, width,
-                        DEPTH_RUN, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                        False, DEPTH_RUN, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                     )  # fmt: skip
                     if tl.load(segment + 5) != 0:  # the last
                         slot = tl.load(segment + 3)

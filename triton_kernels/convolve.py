@@ -17,6 +17,7 @@ def accumulate(
     rows,  # B*H*W
     height,
     width,
+    HALVES: tl.constexpr,  # the order of rows is that of take_gates
     DEPTH_RUN: tl.constexpr,  # divides every depth, stride and first channel
     EVEN_K: tl.constexpr,  # every depth is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
@@ -40,7 +41,8 @@ def accumulate(
     channel_first = tl.multiple_of(tl.load(row + 18), DEPTH_RUN)
 
     # This tile's pixels, and where they lie.
-    p = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
+    p = m_tile * BLOCK_M + (m // 16 * 8 + m % 8 + m // 8 % 2 * (BLOCK_M // 2) if HALVES else m)
     pixel = p % (height * width)
     y = tl.where(p < rows, pixel // width, -(1 << 28))  # beyond the last row: outside the image for every tap
     x = pixel % width
@@ -70,6 +72,37 @@ def accumulate(
         block = tl.where(tap_y == kernel_h, block + 1, block)
         tap_y = tl.where(tap_y == kernel_h, 0, tap_y)
     return acc
+
+
+@triton.jit
+def take_gates(acc, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The gates of a product's first or second half of pixels, [BLOCK_M / 2, BLOCK_N / 4] each.
+
+    A thread of the tensor cores has rows r and r + 8 of each 16, and columns 2q and 2q + 1 of each 8. So that it keeps
+    what it has, all r are one half and all r + 8 the other, and the columns of each q are four gates of the same
+    channels, side by side in memory: ``accumulate`` orders pixels and ``pack_kernel`` columns so.
+    """
+    rows = tl.permute(tl.reshape(acc, (BLOCK_M // 16, 2, 8, BLOCK_N)), (0, 2, 3, 1))
+    first, second = tl.split(rows)
+    half = second if HALF == 1 else first
+    quads = tl.permute(tl.reshape(half, (BLOCK_M // 2, BLOCK_N // 8, 4, 2)), (0, 2, 1, 3))
+    gates = tl.permute(tl.reshape(quads, (BLOCK_M // 2, 4, 2, 2, BLOCK_N // 16)), (0, 1, 4, 2, 3))
+    u_ig, u_fo = tl.split(tl.reshape(gates, (BLOCK_M // 2, BLOCK_N // 4, 2, 2)))
+    u_i, u_g = tl.split(u_ig)
+    u_f, u_o = tl.split(u_fo)
+    return u_i, u_f, u_g, u_o
+
+
+@triton.jit
+def await_loads(number, fault):
+    """``fault``; what is computed from it waits until all loads before are on their way.
+
+    The compiler keeps loads on their side of a barrier, but not sums: it would put those of what came first before the
+    next load, to need fewer registers, and each load would wait for the one before. What depends on a load from behind
+    the barrier, of a ``number`` that is never negative, stays there.
+    """
+    tl.debug_barrier()
+    return tl.where(tl.load(number) < 0, float("nan"), fault)
 
 
 @triton.jit

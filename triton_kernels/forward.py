@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .convolve import FINISH, SEGMENT, accumulate, store_partial, sum_gates
+from .convolve import FINISH, SEGMENT, accumulate, await_loads, store_partial, sum_gates, take_gates
 from .gates import (
     add_bias,
     gate_forward,
@@ -22,11 +22,9 @@ from .gates import (
 @triton.jit
 def store_premix(
     row,  # -> what is to be finished, [FINISH] int32
-    slot,  # the tile's partial sums: the branches' outputs
-    slots,
     m_tile,
     row_first,
-    partial_ptr,
+    sums,  # four gates' [FINISH_M, FINISH_N] float32: the branches' outputs
     v_ptr,
     branch_bias_ptr,
     rows,
@@ -36,7 +34,6 @@ def store_premix(
     ROUND: tl.constexpr,
     CHANNEL_RUN: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     FINISH_M: tl.constexpr,
     FINISH_N: tl.constexpr,
 ):
@@ -45,7 +42,7 @@ def store_premix(
     channel_end = tl.multiple_of(tl.load(row + 4), CHANNEL_RUN)
     channel = tl.multiple_of(tl.load(row + 3), CHANNEL_RUN) + tl.arange(0, FINISH_N)
     mask = (p < rows)[:, None] & (channel < channel_end)[None, :]
-    u_i, u_f, u_g, u_o = sum_gates(partial_ptr, slot, slots, row_first, 0, False, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N)
+    u_i, u_f, u_g, u_o = sums
     if HAS_BRANCH_BIAS:
         u_i, u_f, u_g, u_o = add_bias(u_i, u_f, u_g, u_o, branch_bias_ptr, channel, channel_end, hidden)
     if TANH:
@@ -55,17 +52,54 @@ def store_premix(
 
 
 @triton.jit
+def load_state(
+    step,
+    row,  # -> what is to be finished, [FINISH] int32
+    m_tile,
+    row_first,
+    z_ptrs,
+    c_ptr,
+    rows,
+    hidden,
+    KEEP: tl.constexpr,
+    CHANNEL_RUN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    FINISH_M: tl.constexpr,
+    FINISH_N: tl.constexpr,
+):
+    """Of FINISH_M pixels of a tile, from ``row_first`` on: pointers to the first gate's z and a gate's stride, pointers
+    to c_t, which of them there are; z of four gates; c_{t-1}, 0 at step 0. Pointers as in the kernel.
+    """
+    p = m_tile * BLOCK_M + row_first + tl.arange(0, FINISH_M)
+    # A hint counts only where its value is made: what a called function is told of an argument is lost.
+    channel_first = tl.multiple_of(tl.load(row + 3), CHANNEL_RUN)
+    channel_end = tl.multiple_of(tl.load(row + 4), CHANNEL_RUN)
+    part = tl.load(row + 6)
+    part_first = tl.multiple_of(tl.load(row + 7), CHANNEL_RUN)
+    part_channels = tl.multiple_of(tl.load(row + 8), CHANNEL_RUN)
+    channel = channel_first + tl.arange(0, FINISH_N)
+    in_part = tl.multiple_of(channel_first - part_first, CHANNEL_RUN) + tl.arange(0, FINISH_N)
+    mask = (p < rows)[:, None] & (channel < channel_end)[None, :]
+    z = part_pointer(z_ptrs, part) + ((step * rows + p) * (4 * part_channels))[:, None] + in_part[None, :]
+    z_i, z_f, z_g, z_o = load_gates(z, part_channels, mask)
+    c = c_ptr + (p.to(tl.int64) * hidden)[:, None] + channel[None, :]
+    if KEEP:
+        c += step * rows * hidden
+        c_prev = tl.load(c - widen(rows) * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0)
+    else:
+        c_prev = tl.load(c, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0)
+    return z, part_channels, c, mask, z_i, z_f, z_g, z_o, c_prev
+
+
+@triton.jit
 def update_state(
     step,
     row,  # -> what is to be finished, [FINISH] int32
-    slot,  # the tile's partial sums: the hidden transition's gates
-    slots,
     m_tile,
     row_first,
-    partial_ptr,
-    z_ptrs,
+    loaded,  # by load_state, of the same pixels
+    sums,  # four gates' [FINISH_M, FINISH_N] float32: the hidden transition
     h_ptr,
-    c_ptr,
     c_0_ptr,
     state_ptr,
     bias_ptr,
@@ -78,45 +112,26 @@ def update_state(
     KEEP: tl.constexpr,
     HAS_C_0: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    MIXED: tl.constexpr,
     PEEPHOLE: tl.constexpr,
     CURRENT: tl.constexpr,
     ROUND: tl.constexpr,
     PIXEL_RUN: tl.constexpr,
     CHANNEL_RUN: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     FINISH_M: tl.constexpr,
     FINISH_N: tl.constexpr,
 ):
     """Gates and state update of FINISH_M pixels of a tile, from ``row_first`` on; pointers as in the kernel."""
     p = m_tile * BLOCK_M + row_first + tl.arange(0, FINISH_M)
-    # A hint counts only where its value is made: what a called function is told of an argument is lost.
     channel_first = tl.multiple_of(tl.load(row + 3), CHANNEL_RUN)
     channel_end = tl.multiple_of(tl.load(row + 4), CHANNEL_RUN)
-    column_first = tl.multiple_of(tl.load(row + 5), CHANNEL_RUN) if MIXED else 0
-    part = tl.load(row + 6)
-    part_first = tl.multiple_of(tl.load(row + 7), CHANNEL_RUN)
-    part_channels = tl.multiple_of(tl.load(row + 8), CHANNEL_RUN)
-    b, pixel, channel, mask = locate(p, channel_first, channel_end, rows, pixels, PIXEL_RUN, FINISH_N)
-    in_part = tl.multiple_of(channel_first - part_first, CHANNEL_RUN) + tl.arange(0, FINISH_N)
+    b, pixel, channel, _ = locate(p, channel_first, channel_end, rows, pixels, PIXEL_RUN, FINISH_N)
     image = (p.to(tl.int64) * hidden)[:, None] + channel[None, :]
-
-    # All loads before the first use, so that they wait together.
-    z = part_pointer(z_ptrs, part) + ((step * rows + p) * (4 * part_channels))[:, None] + in_part[None, :]
-    z_i, z_f, z_g, z_o = load_gates(z, part_channels, mask)
-    c = c_ptr + image
-    if KEEP:
-        c += step * rows * hidden
-        c_prev = tl.load(c - widen(rows) * hidden, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0)
-    else:
-        c_prev = tl.load(c, mask=mask & (step + 0 * channel > 0)[None, :], other=0.0)
-    u_i, u_f, u_g, u_o = sum_gates(
-        partial_ptr, slot, slots, row_first, column_first, MIXED, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N
-    )
+    z, gate_stride, c, mask, z_i, z_f, z_g, z_o, c_prev = loaded
+    u_i, u_f, u_g, u_o = sums
     u_i += z_i.to(tl.float32) + fault
-    u_f += z_f.to(tl.float32)
-    u_g += z_g.to(tl.float32)
+    u_f += z_f.to(tl.float32) + fault
+    u_g += z_g.to(tl.float32) + fault
     u_o += z_o.to(tl.float32) + fault
     if HAS_BIAS:
         u_i, u_f, u_g, u_o = add_bias(u_i, u_f, u_g, u_o, bias_ptr, channel, channel_end, hidden)
@@ -133,7 +148,7 @@ def update_state(
     tl.store(state_ptr + (step + 1) % 2 * rows * hidden + image, round_to_tf32(h_t) if ROUND else h_t, mask=mask)
     tl.store(c, c_t, mask=mask)
     if KEEP:
-        store_gates(z, part_channels, mask, i, f, g, o, False)
+        store_gates(z, gate_stride, mask, i, f, g, o, False)
     h_row = ((b * steps + step) * hidden * pixels + pixel)[:, None]
     tl.store(h_ptr + h_row + (channel * pixels)[None, :], h_t, mask=mask)
 
@@ -150,7 +165,7 @@ def forward_kernel(
     bias_ptr,  # [4F], gate-major, read if HAS_BIAS
     branch_bias_ptr,  # [4F], gate-major, to be added before the mix, read if HAS_BRANCH_BIAS
     peephole_ptr,  # [3, F, 1 or H*W] float32, read if PEEPHOLE
-    partial_ptr,  # [slots, BLOCK_M, BLOCK_N] float32, scratch; one slot a program if not SPLIT
+    partial_ptr,  # [slots, BLOCK_M, BLOCK_N] float32, scratch, of tiles that are cut
     segment_ptr,  # [segments, SEGMENT] int32
     program_ptr,  # [programs * STAGES + 1] int32: each program's segments, stage by stage
     finish_ptr,  # [finished, FINISH] int32
@@ -207,31 +222,35 @@ def forward_kernel(
                 image = v_ptr if stage == 1 else state_ptr + step % 2 * rows * hidden
                 for s in range(middle if stage == 1 else first, last if stage == 1 else middle):
                     segment = segment_ptr + s * SEGMENT
-                    slot = tl.load(segment + 3)
                     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
                     acc = accumulate(
                         acc, segment, (step > 0) | (HAS_H_0 or stage == 1), image, weights, rows, height, width,
-                        DEPTH_RUN, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                        not (SPLIT or stage == 1), DEPTH_RUN, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
                     )  # fmt: skip
-                    store_partial(partial_ptr, slot, acc, BLOCK_M, BLOCK_N)
-                    if not (SPLIT or stage == 1):  # nobody else has a share in this tile
-                        tl.debug_barrier()
+                    if SPLIT or stage == 1:
+                        store_partial(partial_ptr, tl.load(segment + 3), acc, BLOCK_M, BLOCK_N)
+                    else:  # nobody else has a share in this tile
+                        m_tile = tl.load(segment)
                         row = finish_ptr + tl.load(segment + 6) * FINISH
-                        for row_first in range(0, BLOCK_M, FINISH_M):
+                        for half in tl.static_range(2):
+                            row_first = half * (BLOCK_M // 2)
                             if STAGES == 2:
                                 store_premix(
-                                    row, slot, 1, tl.load(segment), row_first, partial_ptr, v_ptr, branch_bias_ptr,
-                                    rows, hidden, HAS_BRANCH_BIAS, TANH, ROUND,
-                                    CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                                    row, m_tile, row_first, take_gates(acc, half, BLOCK_M, BLOCK_N), v_ptr,
+                                    branch_bias_ptr, rows, hidden, HAS_BRANCH_BIAS, TANH, ROUND,
+                                    CHANNEL_RUN, BLOCK_M, BLOCK_M // 2, FINISH_N,
                                 )  # fmt: skip
                             else:
-                                update_state(
-                                    step, row, slot, 1, tl.load(segment), row_first, partial_ptr, z_ptrs, h_ptr, c_ptr,
-                                    c_0_ptr, state_ptr, bias_ptr, peephole_ptr, steps, rows, pixels, hidden, fault,
-                                    KEEP, HAS_C_0, HAS_BIAS, False, PEEPHOLE, CURRENT, ROUND,
-                                    PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                                loaded = load_state(
+                                    step, row, m_tile, row_first, z_ptrs, c_ptr, rows, hidden, KEEP,
+                                    CHANNEL_RUN, BLOCK_M, BLOCK_M // 2, FINISH_N,
                                 )  # fmt: skip
-                        tl.debug_barrier()
+                                update_state(
+                                    step, row, m_tile, row_first, loaded, take_gates(acc, half, BLOCK_M, BLOCK_N),
+                                    h_ptr, c_0_ptr, state_ptr, bias_ptr, peephole_ptr, steps, rows, pixels, hidden,
+                                    await_loads(segment, fault), KEEP, HAS_C_0, HAS_BIAS, PEEPHOLE, CURRENT, ROUND,
+                                    PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_M // 2, FINISH_N,
+                                )  # fmt: skip
                 if PERSISTENT and (SPLIT or stage == 1):
                     arrivals += programs
                     fault = grid_barrier(counter_ptr, arrivals, fault)
@@ -240,18 +259,27 @@ def forward_kernel(
                 for unit in range(before + program, units if stage == 1 else units_first, programs):
                     row = finish_ptr + unit // (BLOCK_M // FINISH_M) * FINISH
                     row_first = unit % (BLOCK_M // FINISH_M) * FINISH_M
+                    m_tile = tl.load(row)
+                    if stage == STAGES - 1:
+                        loaded = load_state(
+                            step, row, m_tile, row_first, z_ptrs, c_ptr, rows, hidden, KEEP,
+                            CHANNEL_RUN, BLOCK_M, FINISH_M, FINISH_N,
+                        )  # fmt: skip
+                    column_first = tl.multiple_of(tl.load(row + 5), CHANNEL_RUN) if stage == 1 else 0
+                    sums = sum_gates(
+                        partial_ptr, tl.load(row + 1), tl.load(row + 2), row_first, column_first, stage == 1,
+                        BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                    )  # fmt: skip
                     if stage == STAGES - 1:
                         update_state(
-                            step, row, tl.load(row + 1), tl.load(row + 2), tl.load(row), row_first, partial_ptr,
-                            z_ptrs, h_ptr, c_ptr, c_0_ptr, state_ptr, bias_ptr, peephole_ptr, steps, rows, pixels,
-                            hidden, fault, KEEP, HAS_C_0, HAS_BIAS, STAGES == 2, PEEPHOLE, CURRENT, ROUND,
-                            PIXEL_RUN, CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                            step, row, m_tile, row_first, loaded, sums, h_ptr, c_0_ptr, state_ptr, bias_ptr,
+                            peephole_ptr, steps, rows, pixels, hidden, fault, KEEP, HAS_C_0, HAS_BIAS, PEEPHOLE,
+                            CURRENT, ROUND, PIXEL_RUN, CHANNEL_RUN, BLOCK_M, FINISH_M, FINISH_N,
                         )  # fmt: skip
                     else:
                         store_premix(
-                            row, tl.load(row + 1), tl.load(row + 2), tl.load(row), row_first, partial_ptr, v_ptr,
-                            branch_bias_ptr, rows, hidden, HAS_BRANCH_BIAS, TANH, ROUND,
-                            CHANNEL_RUN, BLOCK_M, BLOCK_N, FINISH_M, FINISH_N,
+                            row, m_tile, row_first, sums, v_ptr, branch_bias_ptr, rows, hidden, HAS_BRANCH_BIAS,
+                            TANH, ROUND, CHANNEL_RUN, BLOCK_M, FINISH_M, FINISH_N,
                         )  # fmt: skip
             if PERSISTENT:
                 arrivals += programs

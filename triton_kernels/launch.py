@@ -103,6 +103,8 @@ class Pass:
         counts = [end - start for start, end in pairwise((0, *self.ends))]
         fewest = min((n for n, split in zip(counts, self.split, strict=True) if split), default=self.grid[0])
         finish_m = config.finish_m(finish_n, fewest * config.block_m // self.grid[0])
+        if not (self.backward or any(self.split)):  # halves of each product, from registers
+            finish_m = config.block_m // 2
         depths = [4 * n for n in channels] if self.backward else [problem.hidden]
         depths += [problem.mix_depth] if problem.mix else []
         return {
@@ -161,7 +163,8 @@ def make_pass(problem: plan.Problem, backward: bool, device: torch.device) -> Pa
     tables = [torch.tensor(n, dtype=torch.int32).to(device) for n in (t.segments, t.programs, t.finishes)]
     packed = sum(stage.gates * schedules.blocks(stage.tiles, config.block_k) for stage in stages)
     split = tuple(stage.split for stage in stages)
-    return Pass(problem, backward, config, packed, *tables, t.ends, split, max(s.slots for s in of_stages))
+    slots = max((s.slots for s, cut in zip(of_stages, split, strict=True) if cut or backward), default=0)
+    return Pass(problem, backward, config, packed, *tables, t.ends, split, slots)
 
 
 def problem_of(parts: Parts, hidden: TransitionWeights) -> plan.Problem:
@@ -187,6 +190,7 @@ class Packing:
     k_count: int
     runs: int = 1
     run_stride: int = 0
+    quads: bool = False  # columns are in the order of convolve.take_gates
 
 
 def packings(hidden: TransitionWeights, p: Pass) -> list[Packing]:
@@ -200,7 +204,7 @@ def packings(hidden: TransitionWeights, p: Pass) -> list[Packing]:
         if p.backward:
             out.append(Packing(b.weight, n, 0, 1, total, total, 4 * k.channels))
         else:
-            out.append(Packing(b.weight, n // 4, k.channels * total, total, k.channels, 1, total))
+            out.append(Packing(b.weight, n // 4, k.channels * total, total, k.channels, 1, total, quads=not p.split[0]))
     if hidden.mix is not None:
         depth = p.problem.mix_depth
         n_stride, k_stride = (1, depth) if p.backward else (depth, 1)
@@ -222,7 +226,7 @@ def pack(hidden: TransitionWeights, p: Pass) -> TensorDescriptor:
             w.k_stride, w.k_count, blocks,
         )  # fmt: skip
         options = {"ROUND": p.rounds, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-        options |= {"CHANNELS": w.channels, "ROWS": rows, "TAPS": PACKED_TAPS}
+        options |= {"CHANNELS": w.channels, "ROWS": rows, "QUADS": w.quads, "TAPS": PACKED_TAPS}
         launch(pack_kernel, grid, arguments, options)
         first += w.runs * run * blocks * taps * config.block_n
     return TensorDescriptor.from_tensor(packed, [config.block_n, config.block_k])

@@ -24,15 +24,20 @@ def pack_kernel(
     BLOCK_K: tl.constexpr,
     CHANNELS: tl.constexpr,  # columns of a group in one tile
     ROWS: tl.constexpr,  # columns of a tile that one program packs
+    QUADS: tl.constexpr,  # columns are in the order of convolve.take_gates
     TAPS: tl.constexpr,  # and taps: they lie side by side in the weights
 ):
     """Program (tile * blocks + block, rows, taps): TAPS x ROWS x BLOCK_K weights, zeros where there are none."""
     tile = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    place = n
+    if QUADS:
+        value = n // 8 * 2 + n % 2
+        place = value // (CHANNELS // 4) * CHANNELS + n // 2 % 4 * (CHANNELS // 4) + value % (CHANNELS // 4)
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    column = tile % run * CHANNELS + n % CHANNELS
-    first = tile // run * run_stride + n // CHANNELS * groups_stride + column * n_stride
+    column = tile % run * CHANNELS + place % CHANNELS
+    first = tile // run * run_stride + place // CHANNELS * groups_stride + column * n_stride
     source = weight_ptr + (first[:, None] + (k * k_stride)[None, :]).to(tl.int64) * taps
     mask = (column < n_count)[:, None] & (k < k_count)[None, :]
     target = packed_ptr + tl.program_id(0).to(tl.int64) * taps * (BLOCK_N * BLOCK_K)

@@ -43,9 +43,14 @@ def previous(states: Tensor, initial: Tensor | None, dtype: torch.dtype) -> Tens
     """States before each step as :func:`time_major` images: ``initial`` (None: zeros), then all but the last."""
     batch, steps, hidden, height, width = states.shape
     out = states.new_empty((steps, batch, height, width, hidden), dtype=dtype).permute(1, 0, 4, 2, 3)
+    write_previous(out, states, initial)
+    return out.transpose(0, 1).flatten(0, 1)
+
+
+def write_previous(out: Tensor, states: Tensor, initial: Tensor | None) -> None:
+    """States before each step, of the states [B, T, F, H, W] after each, to ``out`` of the same shape."""
     out[:, 0] = 0 if initial is None else initial
     layout.copy(out[:, 1:], states[:, :-1])
-    return out.transpose(0, 1).flatten(0, 1)
 
 
 def slices(parts: Parts) -> Iterator[tuple[Tensor, slice]]:

@@ -95,15 +95,14 @@ class LayerBackward:
         self.c = self.dc_n = None  # not needed any more, and large
         if self.c_0 is None:
             self.dc_0 = None
-        if self.joins:
-            tasks = [partial(self.both_weights, gates)]
+        tasks = [partial(self.input, gates, slice(0, steps))] if self.needs_x else []
+        if self.joins:  # itself tasks side by side: not the first, whose stream is this one
+            tasks.append(partial(self.both_weights, list(gates)))
         else:
-            tasks = [
+            tasks[:0] = [
                 partial(self.over_spans, gates, self.hidden_weights, self.hidden_grads),
                 partial(self.over_spans, gates, self.input_weights, self.input_grads),
             ]
-        if self.needs_x:
-            tasks.append(partial(self.input, gates, slice(0, steps)))
         batch, _, _, height, width = self.h.shape
         concurrently(self.h.device, batch * steps * height * width, tasks)
 
@@ -192,11 +191,8 @@ class LayerBackward:
 
     def both_weights(self, dz: list[Tensor]) -> None:
         """The gradients of both transitions from ``dz`` of all steps at once."""
-        x = time_major(self.x, self.dtype)
-        h_prev = aten.previous(self.h, self.h_0, self.dtype)
-        self.input_grads, self.hidden_grads = joint.joint_gradients(x, h_prev, images_of(dz), self.w_x, self.w_h)
-        lay_out(self.input_grads)
-        lay_out(self.hidden_grads)
+        images = joint.side_by_side(self.x, self.h, self.h_0, self.dtype)
+        self.input_grads, self.hidden_grads = joint.joint_gradients(images, images_of(dz), self.w_x, self.w_h)
 
     def input(self, dz: list[Tensor], here: slice) -> None:
         """The gradient of x in the steps ``here``; ``dz`` is emptied."""

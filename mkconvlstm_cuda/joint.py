@@ -7,12 +7,15 @@ long.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .concurrency import MOST_PIXELS
-from .convolution import BranchWeights, TransitionWeights, weight_gradients
+from . import layout
+from .aten import write_previous
+from .concurrency import MOST_PIXELS, concurrently
+from .convolution import BranchWeights, TransitionWeights, convolution_gradients
 
 MULTIPLE = 128  # of the channels of x and h together: with others, cuDNN's kernels for some sizes are much slower
 
@@ -46,22 +49,44 @@ def pays(shape: Sequence[int], hidden_channels: int, dtype: torch.dtype) -> bool
     return few and dtype in (torch.float16, torch.bfloat16) and (channels + hidden_channels) % MULTIPLE == 0
 
 
-def joint_gradients(
-    x: Tensor, h_prev: Tensor, dparts: list[Tensor], w_x: TransitionWeights, w_h: TransitionWeights
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of ``w_x.tensors()`` and of ``w_h.tensors()``, where that is :func:`possible`.
+def side_by_side(x: Tensor, h: Tensor, h_0: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x_t and h_{t-1} as channels of images [T*B, C + F, H, W], channels-last, in ``dtype``.
 
-    ``x`` [N, C, H, W] and ``h_prev`` [N, F, H, W] are the transitions' inputs, ``dparts`` the gradients of the sum of
-    their outputs, [N, 4*F_r, H, W]; all channels-last.
+    ``x`` is [B, T, C, H, W], ``h`` [B, T, F, H, W], ``h_0`` [B, F, H, W] or None for zeros.
     """
-    both = torch.cat([x, h_prev], 1)
-    branches = [
-        BranchWeights(b.weight.new_empty((b.weight.shape[0], both.shape[1], *b.weight.shape[2:])), dilation=b.dilation)
-        for b in w_h.branches  # nobody reads these weights' values
+    batch, steps, channels, height, width = x.shape
+    images = x.new_empty((steps, batch, height, width, channels + h.shape[2]), dtype=dtype)
+    both = images.permute(1, 0, 4, 2, 3)
+    layout.copy(both[:, :, :channels], x)
+    write_previous(both[:, :, channels:], h, h_0)
+    return images.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def joint_gradients(
+    images: Tensor, dparts: Sequence[Tensor], w_x: TransitionWeights, w_h: TransitionWeights
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of ``w_x.tensors()`` and of ``w_h.tensors()``, contiguous, where that is :func:`possible`.
+
+    ``images`` [N, C + F, H, W] are the transitions' inputs :func:`side_by_side`, ``dparts`` [N, 4*F_r, H, W] the
+    gradients of the sum of their outputs, channels-last.
+    """
+    tasks = [
+        partial(branch_gradients, dy, images, of_x, of_h)
+        for dy, of_x, of_h in zip(dparts, w_x.branches, w_h.branches, strict=True)
     ]
-    needs = [t is not None for t in w_h.tensors()]
-    grads = weight_gradients(both, dparts, TransitionWeights(tuple(branches)), needs)
-    channels = [x.shape[1], h_prev.shape[1]]
-    split = [(None, None) if g is None else g.split(channels, 1) for g in grads]
-    of_x, of_h = zip(*split, strict=True)
-    return list(of_x), list(of_h)
+    rest = [None] * (TransitionWeights.TENSORS_PER_BRANCH - 1)
+    grads: tuple[list[Tensor | None], list[Tensor | None]] = [], []
+    for of_branch in concurrently(images.device, images.shape[0] * images.shape[2] * images.shape[3], tasks):
+        for flat, grad in zip(grads, of_branch, strict=True):
+            flat += [grad, *rest]
+    for flat in grads:
+        flat += [None, None]  # of the mix
+    return grads
+
+
+def branch_gradients(dy: Tensor, images: Tensor, of_x: BranchWeights, of_h: BranchWeights) -> list[Tensor]:
+    """The gradients of one branch's two weights."""
+    channels = [b.weight.shape[1] for b in (of_x, of_h)]
+    weight = dy.new_empty((dy.shape[1], sum(channels), *of_h.weight.shape[2:]))  # nobody reads its values
+    _, dw, _ = convolution_gradients(dy, images, weight, of_h.padding, of_h.dilation, (False, True, False))
+    return [layout.contiguous(part) for part in dw.split(channels, 1)]

@@ -54,6 +54,33 @@ def test_side_by_side_in_a_graph():
 
 @pytest.mark.gpu
 @on_a_gpu
+@torch.no_grad()
+def test_tasks_of_a_task():
+    x = torch.zeros(512, 512, device="cuda")
+    used = torch.empty_like(x)
+
+    def of_a_task():
+        a, b, c = concurrently(x.device, MOST_PIXELS, tasks_on(x.T @ x))
+        return a - 2 * b + c
+
+    def run():
+        first, second = concurrently(x.device, MOST_PIXELS, [lambda: x @ x @ x, of_a_task])
+        return used.copy_(first - second)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x.copy_(torch.randint(-2, 3, x.shape, device="cuda"))
+        graph.replay()
+        seen = used.clone()
+        assert torch.equal(run(), seen)
+
+
+@pytest.mark.gpu
+@on_a_gpu
 @pytest.mark.parametrize(("pixels", "captured"), [(MOST_PIXELS, False), (MOST_PIXELS + 1, True)])
 @torch.no_grad()
 def test_one_after_another_where_nothing_is_gained(pixels, captured, monkeypatch):

@@ -6,7 +6,7 @@ from problems import PROBLEMS, Problem
 from torch.nn.grad import conv2d_weight
 from triton_problems import gpu
 
-from mkconvlstm_cuda import Branch, joint, pairs, unfolding
+from mkconvlstm_cuda import Branch, MKConvLSTM, joint, pairs, unfolding
 from mkconvlstm_cuda.backward import LayerBackward
 from mkconvlstm_cuda.check import ROUNDING
 from mkconvlstm_cuda.convolution import channels_last, convolution_gradients
@@ -33,24 +33,29 @@ def test_pairs_need_no_copy():
 
 
 @pytest.mark.parametrize(
-    ("channels", "kernel", "width", "dtype", "dilation", "wanted"),
+    ("outputs", "channels", "kernel", "width", "dtype", "dilation", "wanted"),
     [
-        (32, 5, 96, torch.bfloat16, (1, 1), True),
-        (1, 5, 14, torch.float16, (1, 1), True),
-        (33, 5, 96, torch.bfloat16, (1, 1), False),
-        (32, 5, 97, torch.bfloat16, (1, 1), False),
-        (32, 5, 96, torch.float32, (1, 1), False),
-        (32, 5, 96, torch.bfloat16, (1, 2), False),
-        (32, 3, 96, torch.bfloat16, (1, 1), True),
-        (17, 3, 96, torch.bfloat16, (1, 1), True),
-        (16, 3, 96, torch.bfloat16, (1, 1), False),
-        (32, 1, 96, torch.bfloat16, (1, 1), False),
-        (32, 7, 96, torch.bfloat16, (1, 1), False),
+        (128, 32, 5, 96, torch.bfloat16, (1, 1), True),
+        (4, 1, 5, 14, torch.float16, (1, 1), True),
+        (128, 33, 5, 96, torch.bfloat16, (1, 1), False),
+        (256, 33, 5, 96, torch.bfloat16, (1, 1), True),
+        (512, 64, 5, 14, torch.bfloat16, (1, 1), True),
+        (512, 65, 5, 14, torch.bfloat16, (1, 1), False),
+        (128, 32, 5, 97, torch.bfloat16, (1, 1), False),
+        (128, 32, 5, 96, torch.float32, (1, 1), False),
+        (128, 32, 5, 96, torch.bfloat16, (1, 2), False),
+        (128, 32, 3, 96, torch.bfloat16, (1, 1), True),
+        (128, 17, 3, 96, torch.bfloat16, (1, 1), True),
+        (128, 16, 3, 96, torch.bfloat16, (1, 1), False),
+        (512, 33, 3, 96, torch.bfloat16, (1, 1), False),
+        (128, 32, 1, 96, torch.bfloat16, (1, 1), False),
+        (128, 32, 7, 96, torch.bfloat16, (1, 1), False),
     ],
 )
-def test_what_pays_in_pairs(channels, kernel, width, dtype, dilation, wanted):
-    assert pairs.pays((128, channels, 5, kernel), (80, 96, width), dilation, dtype) is wanted
-    assert not pairs.serves(torch.empty(128, channels, 5, kernel, dtype=dtype), (80, 96, width), dilation)  # a CPU's
+def test_what_pays_in_pairs(outputs, channels, kernel, width, dtype, dilation, wanted):
+    shape, images = (outputs, channels, 5, kernel), (80, 96, width)
+    assert pairs.pays(shape, images, dilation, dtype) is wanted
+    assert not pairs.serves(torch.empty(shape, dtype=dtype), images, dilation)  # a CPU's
 
 
 JOINT = {
@@ -71,12 +76,12 @@ JOINT = {
 
 
 def joined(monkeypatch) -> list:
-    """The shapes of x and of h from now on, wherever gradients of both weights are computed together."""
+    """The shapes of x and h side by side from now on, wherever gradients of both weights are computed together."""
     calls, plain = [], joint.joint_gradients
 
-    def record(x, h, *args):
-        calls.append((x.shape, h.shape))
-        return plain(x, h, *args)
+    def record(images, *args):
+        calls.append(tuple(images.shape))
+        return plain(images, *args)
 
     monkeypatch.setattr(joint, "joint_gradients", record)
     return calls
@@ -139,12 +144,38 @@ class TestOnGpu:
         exact = problem.run("reference", device="cuda")
         calls = joined(monkeypatch)
         ours = problem.run("aten", dtype, "cuda")
-        assert calls == [((10, 64, 16, 24), (10, 64, 16, 24))]
+        assert calls == [(10, 128, 16, 24)]
         monkeypatch.setattr(joint, "pays", lambda *_: False)
         apart = problem.run("aten", dtype, "cuda")
         for name, wanted in exact.items():
             errors = [float((r[name].double() - wanted).norm() / wanted.norm()) for r in (ours, apart)]
             assert errors[0] <= max(2 * errors[1], ROUNDING[dtype]), name
+
+    def test_joint_gradients_in_a_graph(self, monkeypatch):
+        """There the branches' gradients and x's run side by side."""
+        calls = joined(monkeypatch)
+        torch.manual_seed(0)
+        layer = MKConvLSTM(64, {3: 32, 5: 32}, device="cuda").bfloat16()
+        x = torch.randn(1, 8, 64, 32, 32, device="cuda").bfloat16().requires_grad_()
+        wanted = [x, *layer.parameters()]
+
+        def run():
+            return torch.autograd.grad(layer(x)[0].square().sum(), wanted)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            eager = run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        assert len(calls) == 2
+        for _ in range(10):
+            for gradient in captured:
+                gradient.fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
 
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     @pytest.mark.parametrize(("channels", "kernel"), [(1, 5), (17, 3), (24, 5), (32, (3, 5)), (32, 3)], ids=str)

@@ -86,8 +86,11 @@ TOOLS = {
         all_kernels=True,  # it has to see every write
         caching=False,
         cudnn=False,
-        problems=tuple(replace(p, kernels=EVEN) if p.kernels == TWO else p for p in PROBLEMS if p.mix is None),
-        note="without cuDNN: the tool sees no writes of the copy engine; without a mix: torch makes its gradient with "
+        problems=tuple(
+            replace(p, batch=2, kernels=EVEN if p.kernels == TWO else p.kernels) for p in PROBLEMS if p.mix is None
+        ),
+        note="without cuDNN, and of two images each: the tool sees no writes of the copy engine, which takes what needs "
+        "no other layout; without a mix: torch makes its gradient with "
         "an operand that nobody writes or uses; channels fill whole 16 bytes: the tool takes an asynchronous copy of "
         "fewer for one of 16",
     ),

@@ -90,8 +90,8 @@ TOOLS = {
             replace(p, batch=2, kernels=EVEN if p.kernels == TWO else p.kernels) for p in PROBLEMS if p.mix is None
         ),
         note="without cuDNN, and of two images each: the tool sees no writes of the copy engine; without a mix: torch "
-        "makes its gradient with an operand that nobody writes or uses; channels fill whole 16 bytes: the tool takes an "
-        "asynchronous copy of fewer for one of 16",
+        "makes its gradient with an operand that nobody writes or uses; channels fill whole 16 bytes: the tool takes "
+        "an asynchronous copy of fewer for one of 16",
     ),
 }
 

@@ -31,7 +31,7 @@ def supports(problem) -> str | None:
 
 def fastest(problem) -> bool:
     """Whether a family is faster for ``problem`` than Triton's kernels."""
-    return sm90.fastest(problem)
+    return sm90.fastest(problem) or simt.fastest(problem)
 
 
 def forward(

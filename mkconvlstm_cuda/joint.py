@@ -87,6 +87,6 @@ def joint_gradients(
 def branch_gradients(dy: Tensor, images: Tensor, of_x: BranchWeights, of_h: BranchWeights) -> list[Tensor]:
     """The gradients of one branch's two weights."""
     channels = [b.weight.shape[1] for b in (of_x, of_h)]
-    weight = dy.new_empty((dy.shape[1], sum(channels), *of_h.weight.shape[2:]))  # nobody reads its values
+    weight = layout.weight_stand_in(dy, (dy.shape[1], sum(channels), *of_h.weight.shape[2:]))
     _, dw, _ = convolution_gradients(dy, images, weight, of_h.padding, of_h.dilation, (False, True, False))
     return [layout.contiguous(part) for part in dw.split(channels, 1)]

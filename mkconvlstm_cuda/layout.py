@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -62,6 +65,17 @@ def stand_in(dy: Tensor, channels: int, count: int | None = None) -> Tensor:
     if count * channels <= n * outputs:
         return dy.as_strided(size, strides)
     return dy.new_zeros((count, height, width, channels)).permute(0, 3, 1, 2)  # copied, in some of torch's ways
+
+
+def weight_stand_in(dy: Tensor, shape: Sequence[int]) -> Tensor:
+    """A weight of ``shape`` (O, C, kh, kw), channels-last, in place of one whose values nobody reads, in dy's memory.
+
+    ``dy`` [N, O, H, W] is dense. torch copies the weight, in some of its ways, so that it has to be written memory.
+    """
+    outputs, channels, height, width = shape
+    if math.prod(shape) <= dy.numel():
+        return dy.as_strided(tuple(shape), (height * width * channels, 1, width * channels, channels))
+    return dy.new_zeros((outputs, height, width, channels)).permute(0, 3, 1, 2)
 
 
 def channel_sums(images: Tensor) -> Tensor:

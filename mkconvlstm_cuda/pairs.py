@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import layout
+
 FEWEST_OUTPUTS = 256  # of a convolution of more than 32 channels
 
 
@@ -46,10 +48,10 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """
     outputs, channels, height, width = weight.shape
     reach = (width // 2 + 1) // 2  # pairs to each side
-    of_pairs = weight.new_empty((2 * outputs, height, 2 * reach + 1, 2 * channels))  # nobody reads its values
+    of_pairs = layout.weight_stand_in(dy, (2 * outputs, 2 * channels, height, 2 * reach + 1))
     padding, mask = [height // 2, reach], [False, True, False]
     gradient = torch.ops.aten.convolution_backward(
-        paired(dy), paired(x), of_pairs.permute(0, 3, 1, 2), None, [1, 1], padding, [1, 1], False, [0, 0], 1, mask
+        paired(dy), paired(x), of_pairs, None, [1, 1], padding, [1, 1], False, [0, 0], 1, mask
     )[1]
     # In a row of taps, pair by pair, pixel b's tap for x's pixel d away lies at 2 * reach + d + b.
     left, right = gradient.permute(0, 2, 3, 1).unflatten(3, (2, -1)).flatten(2, 3).chunk(2)

@@ -113,7 +113,7 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """
     outputs, channels, height, kernel = weight.shape
     unfolded = unfolded_channels(channels, kernel)
-    rows = weight.new_empty((outputs, height, 1, unfolded)).permute(0, 3, 1, 2)  # nobody reads its values
+    rows = layout.weight_stand_in(dy, (outputs, unfolded, height, 1))
     some = images_at_a_time(dy, unfolded, "weight")
     gradients = (
         backward(dy_of_some, unfold(x_of_some, kernel), rows, [False, True, False])[1]

@@ -426,4 +426,7 @@ def test_auto_takes_the_kernels_where_they_are_fastest(monkeypatch):
     assert chosen(**small) == "cuda"
     assert chosen(**{**small, "batch": 2}) == "triton"
     assert chosen(**WORKLOADS["paper_mk35"], plain=False) == "triton"
-    assert chosen(**WORKLOADS["paper_mk35"], dtype=torch.float32) == "triton"
+    for allowed, wanted in ((True, "triton"), (False, "cuda")):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            assert chosen(**WORKLOADS["paper_mk35"], dtype=torch.float32) == wanted
+            assert chosen(**WORKLOADS["paper_mk35"], dtype=torch.float32, plain=False) == "triton"

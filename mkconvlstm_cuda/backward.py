@@ -1,7 +1,8 @@
 """The backward of a whole layer: the recurrence by a backend, everything else over many steps at a time.
 
 Gates, and their gradients in place of them, stay in the parts that convolutions write and read (see
-:mod:`convolution`). What has to be laid out anew, x and h, is so for a span of steps only, which bounds the memory.
+:mod:`convolution`). What has to be laid out anew, x and h, is so for a span of steps only, which bounds the memory; all
+at once where both are small (see :mod:`joint`).
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ class LayerBackward:
         if self.c_0 is None:
             self.dc_0 = None
         tasks = [partial(self.input, gates, slice(0, steps))] if self.needs_x else []
-        if self.joins:  # itself tasks side by side: not the first, whose stream is this one
+        if self.joins:
+            # It has tasks itself, which take this stream's side streams: not the first. And `input` lets go of the
+            # gates on this stream, which would use their memory again at once: they are held until all is done.
             tasks.append(partial(self.both_weights, list(gates)))
         else:
             tasks[:0] = [

@@ -355,7 +355,7 @@ def forecast(
     except KeyboardInterrupt:
         console.print(f"stopped; continue with {how_to_resume(overwrite)} ({escape(str(output))})")
         raise typer.Exit(130) from None
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         console.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(2) from None
     console.print(summary(metrics))

@@ -41,6 +41,7 @@ def concurrently(device: torch.device, pixels: int, tasks: Sequence[Callable[[],
     They run side by side where a CUDA graph is captured and the images are small. Elsewhere, one after another: outside
     of graphs the host is what small images wait for. A side stream's memory is used again only by later tasks of the
     same stream, which wait for all that came before them there, so that it needs no record of who else has read it.
+    What several tasks read, the caller keeps until all are done.
     """
     if len(tasks) < 2 or pixels > MOST_PIXELS or not captures(device):
         return [task() for task in tasks]

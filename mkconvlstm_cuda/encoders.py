@@ -97,7 +97,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state_dict in a file that `torch.save` or safetensors wrote; nothing in the file is executed.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it holds something else.
+        OSError: there is no such file, or it cannot be read. ValueError: it holds something else.
     """
     path = Path(path)
     if not path.is_file():

@@ -22,7 +22,8 @@ def load_tensors(path: str | os.PathLike, name: str, device: torch.device | str 
     """What torch.save has written there; nothing in the file is executed.
 
     Raises:
-        OSError: the file cannot be read. ValueError: it is anything else; begins with ``name``.
+        OSError: the file cannot be read.
+        ValueError: it holds anything else; the message begins with ``name``.
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import isfinite
 from statistics import median
 
 import torch
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import dispatch
 from .check import FACTOR, ROUNDING, TF32_ROUNDING
-from .fuzz_problems import OUTPUTS, Problem, draw_call, draw_structure, draw_variant, simpler
+from .fuzz_problems import INPUTS, OUTPUTS, Problem, draw_call, draw_structure, draw_variant, simpler
 from .guards import guarded
 from .layer import MKConvLSTM
 
@@ -30,8 +31,8 @@ FEWEST_STRUCTURES = 20  # as far as there are problems for them
 MOST_MULTIPLICATIONS = {"cpu": 10**7, "cuda": 10**9}
 DRAWS = 32  # of other values, where an error is past its limit by so little that chance could have done it
 CHANCE = 10.0
-NUDGE = 2.0**-8  # by which they differ: as much as by rounding to bfloat16
-NEAR = 9  # draws of values close by, where an error is past its limit by more
+TF32_EPS = 2.0**-10
+NEAR = 3  # draws of inputs close by, which tell how far a rounding of them can move a result
 SHRINKING_SECONDS = 20.0
 MOST_FAILURES = 10  # after which a run ends
 
@@ -82,7 +83,7 @@ def build(p: Problem, backend: str, device: torch.device, exact: bool) -> MKConv
     own = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in state.items()}
     layer.load_state_dict(own, assign=True)
     for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(not any(word in name for word in p.frozen))
+        parameter.requires_grad_(not any(word in name for word in p.frozen if word not in INPUTS))
     return layer.train(p.training)
 
 
@@ -103,13 +104,19 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
     return t.contiguous()
 
 
+def rounding(p: Problem, device: torch.device) -> float:
+    """The relative error of what the problem's products are made of."""
+    dtype = getattr(torch, p.autocast or p.dtype)
+    return TF32_EPS if p.tf32 and dtype == torch.float32 and device.type == "cuda" else torch.finfo(dtype).eps
+
+
 def values(p: Problem, shape: Sequence[int], layout: str, number: int, dtype: torch.dtype, device) -> Tensor:
     """Random values, representable in ``dtype``, in float64; equal along the first dimension if expanded."""
     generator = torch.Generator(device).manual_seed(p.seed + number)
     t = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device=device)
     if p.nudge:
         other = torch.Generator(device).manual_seed(p.seed + number + 100 * p.nudge)
-        t *= 1 + NUDGE * torch.randn(t.shape, generator=other, dtype=torch.float64, device=device)
+        t *= 1 + rounding(p, device) * torch.randn(t.shape, generator=other, dtype=torch.float64, device=device)
     t = t.to(dtype).double()
     return t[:1].expand(t.shape) if layout == "expanded" and t.shape[0] else t
 
@@ -246,7 +253,7 @@ def limit(p: Problem, own: float, device: torch.device) -> float:
 def judge(
     p: Problem, device: torch.device, names: Iterable[str] | None = None
 ) -> dict[str, tuple[float, float]] | Failure:
-    """Of each of the results of the problem's backend, or of those with ``names``, its error and the most it may be.
+    """Each result's error and its limit by name, of those in ``names`` alone if given; or what else is wrong.
 
     Raises:
         dispatch.Refusal: the backend cannot serve.
@@ -288,7 +295,7 @@ def examine(p: Problem, device: torch.device) -> Failure | None:
     if failures := [of for of in judged if isinstance(of, Failure)]:
         return failures[0]
     for name in doubtful:
-        shares = [error / most for error, most in (of[name] for of in judged)]
+        shares = [0.0 if error <= most else error / most for error, most in (of[name] for of in judged)]
         beyond = [(draw, of[name][0]) for draw, of, share in zip(draws, judged, shares, strict=True) if share > CHANCE]
         if median(shares) > 1 or not all(unstable(draw, name, error, device) for draw, error in beyond):
             told = f"{median(shares):.2g} times its limit in the median of {DRAWS} draws, {max(shares):.2g} at most"
@@ -297,21 +304,12 @@ def examine(p: Problem, device: torch.device) -> Failure | None:
 
 
 def unstable(p: Problem, name: str, error: float, device: torch.device) -> bool:
-    """Whether the problem's ``error`` of a result is that of values near which the slightest difference grows.
+    """Whether ``error``, the problem's of a result, is within CHANCE times what a rounding of the inputs makes of it.
 
-    In some draws of a long recurrence it grows until nothing is right, torch's own neither. So of NEAR draws of almost
-    the same values the median has to be within the limits, and torch's own to allow such an error in one of them.
+    In some draws of a long recurrence the slightest difference grows until nothing is right, torch's own neither.
     """
-    most, beyond = 0.0, 0
-    for k in range(1, NEAR + 1):
-        found = judge(replace(p, nudge=k), device, [name])
-        if isinstance(found, Failure):
-            return False
-        most = max(most, found[name][1])
-        beyond += not found[name][0] <= found[name][1]
-        if beyond > NEAR // 2:
-            return False
-    return error <= CHANCE * most
+    exact, *others = (exact_results(replace(p, backend="reference", nudge=k), device) for k in range(NEAR + 1))
+    return isfinite(error) and error <= CHANCE * max(distances(other, exact, [name])[name] for other in others)
 
 
 def shrink(failure: Failure, device: torch.device, seconds: float = SHRINKING_SECONDS) -> Failure:

@@ -74,7 +74,7 @@ class Problem:
     frozen: tuple[str, ...] = ()  # INPUTS, and parameters with one of PARAMETERS in their name, that want none
     twice: bool = False  # backward runs twice over a retained graph
     seed: int = 0  # of all values
-    nudge: int = 0  # not 0: inputs that are almost those of 0
+    nudge: int = 0  # not 0: which draw of inputs close to the seed's own
 
     def options(self) -> dict:
         """What the layer is made with, but for its backend and dtype."""

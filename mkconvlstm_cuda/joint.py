@@ -17,7 +17,9 @@ from .aten import write_previous
 from .concurrency import MOST_PIXELS, concurrently
 from .convolution import BranchWeights, TransitionWeights, convolution_gradients
 
-MULTIPLE = 128  # of the channels of x and h together: with others, cuDNN's kernels for some sizes are much slower
+# Channels of x and h together: with others than multiples, cuDNN's kernels for some sizes are much slower; more fill a
+# GPU, and take much memory side by side.
+MULTIPLE, MOST_CHANNELS = 128, 512
 
 
 def possible(
@@ -45,8 +47,9 @@ def wants_kernels(w: TransitionWeights, needs: Sequence[bool]) -> bool:
 def pays(shape: Sequence[int], hidden_channels: int, dtype: torch.dtype) -> bool:
     """Whether it is faster so, in ``dtype``, for x of ``shape`` (B, T, C, H, W). Measured on an H100 in bfloat16."""
     batch, steps, channels, height, width = shape
-    few = batch * steps * height * width <= MOST_PIXELS
-    return few and dtype in (torch.float16, torch.bfloat16) and (channels + hidden_channels) % MULTIPLE == 0
+    both = channels + hidden_channels
+    few = batch * steps * height * width <= MOST_PIXELS and both <= MOST_CHANNELS
+    return few and dtype in (torch.float16, torch.bfloat16) and both % MULTIPLE == 0
 
 
 def side_by_side(x: Tensor, h: Tensor, h_0: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -70,7 +70,8 @@ def stand_in(dy: Tensor, channels: int, count: int | None = None) -> Tensor:
 def weight_stand_in(dy: Tensor, shape: Sequence[int]) -> Tensor:
     """A weight of ``shape`` (O, C, kh, kw), channels-last, in place of one whose values nobody reads, in dy's memory.
 
-    ``dy`` [N, O, H, W] is dense. torch copies the weight, in some of its ways, so that it has to be written memory.
+    ``dy`` [N, O, H, W] is dense: its numbers follow one another in memory from its first. torch copies the weight, in
+    some of its ways, so that it has to be memory that has been written.
     """
     outputs, channels, height, width = shape
     if math.prod(shape) <= dy.numel():

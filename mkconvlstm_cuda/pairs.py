@@ -13,13 +13,13 @@ from torch import Tensor
 
 from . import layout
 
-FEWEST_OUTPUTS = 256  # of a convolution of more than 32 channels
+FEWEST_OUTPUT_CHANNELS = 256  # of a convolution of more than 32
 
 
 def pays(shape: Sequence[int], images: tuple[int, int, int], dilation: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether the gradient of a weight of ``shape`` (O, C, kh, kw) over ``images`` (N, H, W) is faster from pairs.
 
-    Measured on an H100 in bfloat16, of 20,000 to 740,000 pixels and 128 to 512 outputs: with kernels 5 wide and up to
+    Measured on an H100 in bfloat16, over 20,000 to 740,000 pixels and 128 to 512 outputs: with kernels 5 wide and up to
     32 channels 1.1 to 3 times as fast, with 64 and 256 outputs or more 0.9 to 7 times, with kernels 3 wide and 24 or 32
     channels 0.9 to 2 times. 64 channels and kernels 7 wide can take ten times as long.
     """
@@ -28,7 +28,7 @@ def pays(shape: Sequence[int], images: tuple[int, int, int], dilation: Sequence[
         return False
     if kernel == 3:
         return 16 < channels <= 32
-    return kernel == 5 and channels <= (64 if outputs >= FEWEST_OUTPUTS else 32)
+    return kernel == 5 and channels <= (64 if outputs >= FEWEST_OUTPUT_CHANNELS else 32)
 
 
 def serves(weight: Tensor, images: tuple[int, int, int], dilation: Sequence[int]) -> bool:
@@ -44,7 +44,8 @@ def paired(x: Tensor) -> Tensor:
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """The gradient [O, C, kh, kw] of ``weight`` in a "same" convolution, from x [N, C, H, W] and dy [N, O, H, W].
 
-    Each tap is the sum of two, from the left and from the right pixels of dy's pairs, each rounded to dy's dtype.
+    Each tap is the sum of two, from the left and from the right pixels of dy's pairs, each rounded to dy's dtype; in
+    float16 infinite, or NaN, where one of them passes 65504.
     """
     outputs, channels, height, width = weight.shape
     reach = (width // 2 + 1) // 2  # pairs to each side

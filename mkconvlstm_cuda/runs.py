@@ -20,7 +20,11 @@ def save_checkpoint(path: Path, settings: Mapping[str, Any], **state: Any) -> No
 
 
 def load_checkpoint(path: Path, settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The state that was saved. Raises ValueError if there is none, or if it was saved with other settings."""
+    """The state that was saved.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it was saved with other settings. OSError: it cannot be read.
+    """
     if not path.is_file():
         raise ValueError(f"resume: there is no checkpoint at {path}")
     state = load_tensors(path, "resume", device)

@@ -1,9 +1,10 @@
-"""Convolutions of few input channels on GPUs: the pixels under a row of the kernel are laid out as channels first.
+"""Convolutions of few input channels, and gradients of wide weights, on GPUs, from unfolded images.
 
-cuDNN computes convolutions of half types in steps of many channels, which few leave empty. With a kernel of kh x kw,
-u[y, x, j * C + c] = image[y, x + j - kw // 2, c], zero outside of the image, has kw times as many, and the convolution
-is one of u with a kernel of kh x 1: the same products in sums of another order. Nothing here is differentiated by
-torch's autograd.
+There the pixels under a row of the kernel are laid out as channels. cuDNN computes convolutions of half types in steps
+of many channels, which few leave empty, and gradients of large weights often slowly. With a kernel of kh x kw,
+u[y, x, j * C + c] = image[y, x + j - kw // 2, c], zero outside of the image, has kw times as many channels, and the
+convolution is one of u with a kernel of kh x 1: the same products in sums of another order. Nothing here is
+differentiated by torch's autograd.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from . import layout
 # Measured on an H100 in bfloat16, against cuDNN alone: 1.3 to 5 times as fast within these limits; forward with 32
 # channels takes up to four times as long. Gradients of weights 7 to 11 wide, of 16 to 256 channels, 0.9 to 40 times.
 MOST_CHANNELS = {"output": 16, "input": 32, "weight": 16}
-WIDE = 7  # kernels whose weights' gradient is always faster
+WIDE, MOST_CHANNELS_OF_WIDE_WEIGHT = 7, 256
 FEWEST_OUTPUTS = 1 << 21  # numbers; for fewer, launching another kernel takes as long as what it saves
 MULTIPLE = 32  # of the unfolded channels
-UNFOLDED_BYTES = {"input": 64 << 20, "weight": 32 << 20}  # of unfolded images, or their gradient, at a time
+UNFOLDED_BYTES = {"input": 64 << 20, "weight": 32 << 20}  # of unfolded images, or gradients, at a time; or one image
 
 
 def unfolded_channels(channels: int, kernel: int) -> int:
@@ -50,7 +51,7 @@ def pays(
     if outputs * pixels < FEWEST_OUTPUTS or pixels > 1 << 30:  # which the kernels count in 31 bits
         return False
     if wanted == "weight" and kernel >= WIDE:
-        return True
+        return channels <= MOST_CHANNELS_OF_WIDE_WEIGHT
     most_unfolded = 2 * outputs if wanted == "input" else outputs
     return channels <= MOST_CHANNELS[wanted] and unfolded_channels(channels, kernel) <= most_unfolded
 
@@ -109,7 +110,7 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """The gradient [O, C, kh, kw] of ``weight`` in a "same" convolution, from x [N, C, H, W] and dy [N, O, H, W].
 
-    Of few images at a time, each time rounded to dy's dtype, and summed in float32.
+    Of few images at a time, each time rounded to dy's dtype, in float16 to infinity past 65504, and summed in float32.
     """
     outputs, channels, height, kernel = weight.shape
     unfolded = unfolded_channels(channels, kernel)

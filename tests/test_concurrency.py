@@ -60,7 +60,7 @@ def test_tasks_of_a_task():
     used = torch.empty_like(x)
 
     def of_a_task():
-        a, b, c = concurrently(x.device, MOST_PIXELS, tasks_on(x.T @ x))
+        a, b, c = concurrently(x.device, MOST_PIXELS, tasks_on(x.T))
         return a - 2 * b + c
 
     def run():

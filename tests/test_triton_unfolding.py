@@ -115,7 +115,7 @@ def everywhere(monkeypatch):
 
 @interpreted
 @pytest.mark.usefixtures("everywhere")
-@pytest.mark.parametrize("some_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("some_bytes", [1, 15000, 1 << 20])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel", "size"),

@@ -172,7 +172,7 @@ def prepared(b: BranchWeights, images: tuple[int, int, int], uses: int, gradient
         way = partial(unfolding.input_gradient, weight=b.weight)
     else:
         way = partial(unfolded_forward, b=b, rows=unfolding.unfolded_weight(b.weight))
-    return replace(b, way=way)
+    return b if way is b.way else replace(b, way=way)
 
 
 def tensor_cores_allowed(dtype: torch.dtype) -> bool:

@@ -6,6 +6,7 @@ of pixel 2j + b. cuDNN's tiles are fuller then, at the price of some products th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,22 +14,24 @@ from torch import Tensor
 
 from . import layout
 
-FEWEST_OUTPUT_CHANNELS = 256  # of a convolution of more than 32
+# Of convolutions of more than 32 channels.
+FEWEST_OUTPUT_CHANNELS, FEWEST_PIXELS = 256, 1 << 15
 
 
 def pays(shape: Sequence[int], images: tuple[int, int, int], dilation: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether the gradient of a weight of ``shape`` (O, C, kh, kw) over ``images`` (N, H, W) is faster from pairs.
 
     Measured on an H100 in bfloat16, over 20,000 to 740,000 pixels and 128 to 512 outputs: with kernels 5 wide and up to
-    32 channels 1.1 to 3 times as fast, with 64 and 256 outputs or more 0.9 to 7 times, with kernels 3 wide and 24 or 32
-    channels 0.9 to 2 times. 64 channels and kernels 7 wide can take ten times as long.
+    32 channels 1.1 to 3 times as fast, with 64 and 256 outputs or more 0.9 to 7 times, but over 20,000 pixels once 0.4,
+    with kernels 3 wide and 24 or 32 channels 0.9 to 2 times. 64 channels and kernels 7 wide can take ten times as long.
     """
     outputs, channels, _, kernel = shape
     if dtype not in (torch.float16, torch.bfloat16) or tuple(dilation) != (1, 1) or images[2] % 2:
         return False
     if kernel == 3:
         return 16 < channels <= 32
-    return kernel == 5 and channels <= (64 if outputs >= FEWEST_OUTPUT_CHANNELS else 32)
+    large = outputs >= FEWEST_OUTPUT_CHANNELS and math.prod(images) >= FEWEST_PIXELS
+    return kernel == 5 and channels <= (64 if large else 32)
 
 
 def serves(weight: Tensor, images: tuple[int, int, int], dilation: Sequence[int]) -> bool:

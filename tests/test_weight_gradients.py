@@ -55,6 +55,7 @@ def test_pairs_need_no_copy():
 def test_what_pays_in_pairs(outputs, channels, kernel, width, dtype, dilation, wanted):
     shape, images = (outputs, channels, 5, kernel), (80, 96, width)
     assert pairs.pays(shape, images, dilation, dtype) is wanted
+    assert pairs.pays(shape, (1, 16, width), dilation, dtype) is (wanted and channels <= 32)
     assert not pairs.serves(torch.empty(shape, dtype=dtype), images, dilation)  # a CPU's
 
 

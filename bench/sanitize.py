@@ -25,7 +25,7 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from .. import dispatch, fuzz, sm90
+from .. import dispatch, fuzz, fuzz_calls, sm90
 from ..fuzz_problems import Kernel, Problem
 from .machine import kernels_hash
 
@@ -118,9 +118,9 @@ def run_problems(tool: Tool) -> None:
             p = replace(p, backend=backend)
             print(f"{backend}: {p.to_json()}", flush=True)
             try:
-                layer = fuzz.build(p, backend, device, False)
+                layer = fuzz_calls.build(p, backend, device, False)
                 with torch.backends.cudnn.flags(enabled=tool.cudnn, allow_tf32=p.tf32):
-                    fuzz.call(p, layer, fuzz.make_inputs(p, layer, device, False), False)
+                    fuzz_calls.call(p, layer, fuzz_calls.make_inputs(p, layer, device, False), False)
                 torch.cuda.synchronize()  # so that what goes wrong is this problem's
                 served += 1
             except dispatch.Refusal as refusal:

@@ -9,7 +9,7 @@ import torch
 from mkconvlstm_cuda.bench import sanitize
 from test_cli import run, wide  # noqa: F401  wide: a fixture
 
-from mkconvlstm_cuda import _C, aten, cli, compiled, dispatch, fuzz, library
+from mkconvlstm_cuda import _C, aten, cli, compiled, dispatch, fuzz, fuzz_calls, library
 from mkconvlstm_cuda.fuzz_problems import Kernel, Problem, draw_call, draw_structure, draw_variant, simpler
 from mkconvlstm_cuda.guards import guarded
 
@@ -178,10 +178,10 @@ def test_an_error_far_beyond_its_limit_is_told_from_instability(draw, times, mov
 def test_values_close_by():
     p = replace(PROBLEM, dtype="float32")
     at, near, other = (
-        fuzz.values(q, (3, 4), "contiguous", 1, torch.float32, CPU)
+        fuzz_calls.values(q, (3, 4), "contiguous", 1, torch.float32, CPU)
         for q in (p, replace(p, nudge=1), replace(p, nudge=2))
     )
-    assert 0 < float((near - at).norm() / at.norm()) < 4 * fuzz.rounding(p, CPU)
+    assert 0 < float((near - at).norm() / at.norm()) < 4 * fuzz_calls.rounding(p, CPU)
     assert not torch.equal(near, other)
 
 

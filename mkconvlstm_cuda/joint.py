@@ -74,7 +74,7 @@ def joint_gradients(
     gradients of the sum of their outputs, channels-last.
     """
     tasks = [
-        partial(branch_gradients, dy, images, of_x, of_h)
+        partial(split_gradients, dy, images, of_x, of_h)
         for dy, of_x, of_h in zip(dparts, w_x.branches, w_h.branches, strict=True)
     ]
     rest = [None] * (TransitionWeights.TENSORS_PER_BRANCH - 1)
@@ -87,8 +87,8 @@ def joint_gradients(
     return grads
 
 
-def branch_gradients(dy: Tensor, images: Tensor, of_x: BranchWeights, of_h: BranchWeights) -> list[Tensor]:
-    """The gradients of one branch's two weights."""
+def split_gradients(dy: Tensor, images: Tensor, of_x: BranchWeights, of_h: BranchWeights) -> list[Tensor]:
+    """The gradients [4*F_r, C, kh, kw] and [4*F_r, F, kh, kw] of one branch's weights in both transitions."""
     channels = [b.weight.shape[1] for b in (of_x, of_h)]
     weight = layout.weight_stand_in(dy, (dy.shape[1], sum(channels), *of_h.weight.shape[2:]))
     _, dw, _ = convolution_gradients(dy, images, weight, of_h.padding, of_h.dilation, (False, True, False))

@@ -14,6 +14,20 @@ def tasks_on(x):
     return [lambda k=k: (x @ x + k) @ x for k in range(3)]
 
 
+def assert_same_in_a_graph(run, x):
+    """``run()``, of ``x``, gives the same tensor, always of the same memory, outside of a CUDA graph and in one."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        used = run()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x.copy_(torch.randint(-2, 3, x.shape, device="cuda"))
+        graph.replay()
+        seen = used.clone()
+        assert torch.equal(run(), seen)
+
+
 def no_streams(*_):
     raise AssertionError("side streams were asked for")
 
@@ -40,16 +54,7 @@ def test_side_by_side_in_a_graph():
             parts[0].add_(1)
         return used.copy_(total)
 
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for seed in range(20):
-        torch.manual_seed(seed)
-        x.copy_(torch.randint(-2, 3, x.shape, device="cuda"))
-        graph.replay()
-        seen = used.clone()
-        assert torch.equal(run(), seen)
+    assert_same_in_a_graph(run, x)
 
 
 @pytest.mark.gpu
@@ -67,16 +72,7 @@ def test_tasks_of_a_task():
         first, second = concurrently(x.device, MOST_PIXELS, [lambda: x @ x @ x, of_a_task])
         return used.copy_(first - second)
 
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for seed in range(20):
-        torch.manual_seed(seed)
-        x.copy_(torch.randint(-2, 3, x.shape, device="cuda"))
-        graph.replay()
-        seen = used.clone()
-        assert torch.equal(run(), seen)
+    assert_same_in_a_graph(run, x)
 
 
 @pytest.mark.gpu
